@@ -1,0 +1,1 @@
+"""Hydra YAML presets: values only. The typed schema lives in train/config.py."""

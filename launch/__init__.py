@@ -1,0 +1,1 @@
+"""Front ends that start a run: one machine now, SLURM later."""

@@ -1,0 +1,1 @@
+"""The GPT-MoE model built from megatron-core specs, and its expert modules."""

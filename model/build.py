@@ -1,0 +1,306 @@
+"""Builds the GPT-MoE model of a stage from mcore layer specs.
+
+`build_chunks` returns this rank's GPTModel chunks (one, or several under the interleaved pipeline schedule), not yet
+wrapped in DDP. Expert modules, norms and every option come from `ModelConfig`; the number of experts is an argument,
+because it changes from stage to stage while the rest of the configuration does not.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from model.config import ModelConfig
+from model.experts import GroupedExperts
+from model.norm import CoppiceNorm
+from parallel.compat import (
+    have_transformer_engine,
+    layer_submodules,
+    make_transformer_config,
+    use_experts,
+)
+from parallel.errors import ConfigError
+from parallel.layout import Layout
+
+_ACTIVATIONS: dict[str, tuple[Any, bool]] = {
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "gelu": (F.gelu, False),
+    "squared_relu": (squared_relu, False),
+}
+_BALANCING = {"loss_free": "none", "none": "none"}
+
+
+def experts_kind(model: ModelConfig) -> str:
+    """The expert module that `model.experts` stands for on this machine: te, grouped or sequential.
+
+    Raises:
+        ConfigError: if Transformer Engine is asked for and not usable.
+    """
+    te = have_transformer_engine() and torch.cuda.is_available()
+    if model.experts == "te" and not te:
+        raise ConfigError(
+            "model.experts=te needs Transformer Engine and a CUDA device: install both (docs/gpu.md) or use "
+            "model.experts=auto"
+        )
+    if model.experts == "auto":
+        return "te" if te else "grouped"
+    return model.experts
+
+
+def padded_vocab_size(model: ModelConfig, vocab_size: int) -> int:
+    """Rows of the embedding: the tokenizer's vocabulary rounded up, the same in every layout."""
+    return -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
+
+
+def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, precision: str) -> TransformerConfig:
+    """mcore's configuration of one stage.
+
+    Args:
+        model: the network.
+        num_experts: experts per MoE layer in this stage; 0 for a dense model.
+        layout: parallel sizes.
+        precision: `bf16` or `fp32`.
+
+    Raises:
+        ConfigError: if mcore refuses a combination, in mcore's words.
+    """
+    parallel = layout.config
+    activation, gated = _ACTIVATIONS[model.activation]
+    bf16 = precision == "bf16"
+    te = experts_kind(model) == "te"
+    values: dict[str, Any] = dict(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        qk_layernorm=model.qk_norm,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        add_bias_linear=model.linear_bias,
+        add_qkv_bias=model.qkv_bias,
+        init_method_std=model.init_std,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        bias_activation_fusion=te and gated,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    if model.attention == "mla":
+        values |= dict(
+            q_lora_rank=model.mla_query_rank,
+            kv_lora_rank=model.mla_kv_rank,
+            qk_head_dim=model.mla_head_dim,
+            qk_pos_emb_head_dim=model.mla_rope_head_dim,
+            v_head_dim=model.mla_value_head_dim,
+            rope_type="rope",
+            rotary_base=model.rope_base,
+        )
+    if num_experts:
+        values |= _moe_values(model, num_experts, te)
+    if model.recompute != "none":
+        values |= dict(recompute_granularity=model.recompute)
+        if model.recompute == "full":
+            values |= dict(recompute_method="uniform", recompute_num_layers=1)
+    values |= model.mcore
+    cls = MLATransformerConfig if model.attention == "mla" else TransformerConfig
+    try:
+        return make_transformer_config(cls, **values)
+    except (ValueError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"megatron-core refuses this model: {' '.join(str(e).split()) or type(e).__name__}") from None
+
+
+def _moe_values(model: ModelConfig, num_experts: int, te: bool) -> dict[str, Any]:
+    loss_free = model.balancing == "loss_free"
+    return dict(
+        num_moe_experts=num_experts,
+        moe_router_topk=model.top_k,
+        moe_ffn_hidden_size=model.expert_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=model.shared_expert_ffn_hidden_size,
+        moe_layer_freq=model.moe_layer_pattern(),
+        moe_router_score_function=model.router_score,
+        moe_router_pre_softmax=model.router_pre_softmax,
+        moe_router_num_groups=model.router_groups,
+        moe_router_group_topk=model.router_group_topk,
+        moe_router_topk_scaling_factor=model.router_scale,
+        moe_router_load_balancing_type=_BALANCING.get(model.balancing, model.balancing),
+        moe_aux_loss_coeff=0.0 if model.balancing in _BALANCING else model.aux_loss_coeff,
+        moe_z_loss_coeff=model.z_loss_coeff,
+        moe_router_enable_expert_bias=loss_free,
+        moe_router_bias_update_rate=model.bias_update_rate,
+        moe_router_dtype="fp32",
+        moe_expert_capacity_factor=model.capacity_factor,
+        moe_token_dispatcher_type=model.dispatcher,
+        moe_grouped_gemm=te,
+    )
+
+
+def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
+    """Layer specs of this rank's chunk, with our expert module and norms where Transformer Engine is not in use."""
+    kind = experts_kind(model)
+    if kind == "te":
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    if config.num_moe_experts:
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=model.normalization, vp_stage=vp_stage
+        )
+    else:
+        block = get_gpt_layer_local_spec(
+            qk_layernorm=model.qk_norm,
+            multi_latent_attention=model.attention == "mla",
+            normalization=model.normalization,
+        )
+    layers = block.layer_specs if hasattr(block, "layer_specs") else [block]
+    for layer in {id(spec): spec for spec in layers}.values():
+        parts = layer_submodules(layer)
+        parts.input_layernorm = CoppiceNorm
+        parts.pre_mlp_layernorm = CoppiceNorm
+        attention = layer_submodules(parts.self_attention)
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if model.qk_norm and hasattr(attention, name):
+                setattr(attention, name, CoppiceNorm)
+        if kind == "grouped":
+            use_experts(layer, GroupedExperts)
+    if hasattr(block, "layer_norm"):
+        block.layer_norm = CoppiceNorm
+    return block
+
+
+def build_chunks(
+    model: ModelConfig, num_experts: int, layout: Layout, *, vocab_size: int, sequence_length: int, precision: str
+) -> list[GPTModel]:
+    """Build this rank's model chunks on its device.
+
+    Args:
+        model: the network.
+        num_experts: experts per MoE layer in this stage.
+        layout: process groups and sizes.
+        vocab_size: tokens of the tokenizer (padded here).
+        sequence_length: longest sequence.
+        precision: `bf16` or `fp32`.
+
+    Raises:
+        ConfigError: if mcore refuses the combination.
+    """
+    config = transformer_config(model, num_experts, layout, precision)
+    chunks = []
+    for index in range(layout.config.chunks()):
+        vp_stage = index if layout.config.virtual_pipeline else None
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(model, config, vp_stage),
+            vocab_size=padded_vocab_size(model, vocab_size),
+            max_sequence_length=sequence_length,
+            pre_process=layout.is_first_stage and index == 0,
+            post_process=layout.is_last_stage and index == layout.config.chunks() - 1,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=model.rope_percent,
+            rotary_base=int(model.rope_base),
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(layout.device))
+    _mark_expert_parameters(chunks, layout)
+    return chunks
+
+
+def _mark_expert_parameters(chunks: list[GPTModel], layout: Layout) -> None:
+    """Send expert gradients over the expert-data-parallel group wherever it differs from the data-parallel one.
+
+    mcore marks them only for an expert-parallel size above 1; with tensor parallelism and an unsplit expert the copies on
+    the tensor ranks see different tokens and would drift apart unreduced.
+    """
+    if layout.groups.expt_dp.size() == layout.groups.dp_cp.size():
+        return
+    for part in moe_parts(chunks):
+        for p in part.layer.experts.parameters():
+            p.allreduce = False
+
+
+@dataclass(frozen=True)
+class MoEPart:
+    """One MoE layer that lives on this rank."""
+
+    # Number of the layer in the whole network, from 1.
+    number: int
+    layer: MoELayer
+    # Prefix of its keys in a sharded checkpoint.
+    prefix: str
+
+
+def moe_parts(chunks: list[GPTModel]) -> list[MoEPart]:
+    """The MoE layers of this rank's chunks, in order, found in the module tree."""
+    return [
+        MoEPart(number=layer.layer_number, layer=layer.mlp, prefix=f"decoder.layers.{layer.layer_number - 1}.mlp.")
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        if isinstance(layer.mlp, MoELayer)
+    ]
+
+
+def expert_rows(part: MoEPart, layout: Layout) -> list[tuple[torch.nn.Parameter, int, int]]:
+    """The parameters of a layer's experts with the experts they hold: (parameter, first global id, how many).
+
+    Grouped modules stack experts on the first axis; others hold one parameter per expert.
+    """
+    layer = part.layer
+    first = layout.groups.ep.rank() * layer.num_local_experts
+    rows: list[tuple[torch.nn.Parameter, int, int]] = []
+    if hasattr(layer.experts, "local_experts"):
+        for index, expert in enumerate(layer.experts.local_experts):
+            rows += [(p, first + index, 1) for p in expert.parameters()]
+        return rows
+    for name, p in layer.experts.named_parameters():
+        index = name.rstrip("0123456789")
+        if index.endswith((".weight", ".bias")) and index != name:
+            rows.append((p, first + int(name[len(index) :]), 1))
+        else:
+            rows.append((p, first, layer.num_local_experts))
+    return rows
+
+
+def count_parameters(model: ModelConfig, chunks: list[GPTModel], layout: Layout) -> dict[str, int]:
+    """Parameters of the whole network: all, and those one token passes (embeddings included).
+
+    Each rank counts what it holds, divided by how many ranks hold it, so the sum over the world is exact.
+    """
+    expert_copies = layout.groups.expt_dp.size()
+    dense_copies = layout.groups.dp.size() * layout.groups.cp.size()
+    total = torch.zeros(2, dtype=torch.float64)
+    for part in moe_parts(chunks):
+        size = sum(p.numel() for p in part.layer.experts.parameters())
+        total[0] += size / expert_copies
+    in_experts = {id(p) for part in moe_parts(chunks) for p in part.layer.experts.parameters()}
+    for chunk in chunks:
+        for p in chunk.parameters():
+            if id(p) in in_experts or getattr(p, "shared", False):
+                continue
+            sharded = getattr(p, "tensor_model_parallel", False)
+            total[1] += p.numel() / dense_copies / (1 if sharded else layout.groups.tp.size())
+    layout.sum_over_world(total)
+    experts, dense = round(total[0].item()), round(total[1].item())
+    count = chunks[0].config.num_moe_experts or 1
+    return {"parameters_total": experts + dense, "parameters_active": dense + experts * model.top_k // count}

@@ -1,0 +1,186 @@
+"""Typed schema of the `model` group: what a user may say about the network, and what is impossible.
+
+Values come from `configs/model/*.yaml` and the command line; `model/build.py` turns them into mcore's TransformerConfig.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from parallel.errors import ConfigError
+
+ATTENTION = ("gqa", "mla")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "squared_relu")
+BALANCING = ("loss_free", "aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+DISPATCHERS = ("alltoall", "allgather", "flex")
+EXPERT_KINDS = ("auto", "grouped", "sequential", "te")
+NORMS = ("RMSNorm", "LayerNorm")
+SCORES = ("softmax", "sigmoid")
+RECOMPUTE = ("none", "selective", "full")
+
+
+def one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value outside a fixed set, naming the set."""
+    if value not in choices:
+        raise ConfigError(f"{key}={value} is unknown: use one of {', '.join(choices)}")
+
+
+def positive(key: str, value: int | float | None, *, zero: bool = False) -> None:
+    """Refuse a size that is negative, or zero where zero has no meaning. None passes."""
+    if value is None or value > 0 or (zero and value == 0):
+        return
+    raise ConfigError(f"{key}={value} must be {'zero or more' if zero else 'above zero'}")
+
+
+def divides(key: str, value: int, by_key: str, by: int) -> None:
+    """Refuse sizes that do not divide, naming both keys and the nearest value that would."""
+    if by > 0 and value % by:
+        lower = value // by * by
+        near = f"{lower} or {lower + by}" if lower else f"{by}"
+        raise ConfigError(f"{key}={value} is not divisible by {by_key}={by}: use {key}={near}, or another {by_key}")
+
+
+@dataclass
+class ModelConfig:
+    """One GPT-MoE network. Sizes are counts or feature dims; `num_experts` is that of the first stage."""
+
+    # Transformer layers in the decoder, dense ones included.
+    layers: int = 4
+    # Width of the residual stream.
+    hidden_size: int = 256
+    # Width of the dense feed-forward layers.
+    ffn_hidden_size: int = 512
+    # Query heads.
+    attention_heads: int = 8
+    # Key/value heads shared by groups of query heads; null means one per query head.
+    kv_heads: int | None = None
+    # Width of one head; null means hidden_size / attention_heads.
+    head_dim: int | None = None
+    # `gqa` (grouped-query; multi-head when kv_heads is null) or `mla` (multi-head latent attention).
+    attention: str = "gqa"
+    # MLA only: ranks of the compressed query and key/value, and the widths of the two parts of a head.
+    mla_query_rank: int | None = None
+    mla_kv_rank: int = 512
+    mla_head_dim: int = 128
+    mla_rope_head_dim: int = 64
+    mla_value_head_dim: int = 128
+    # Normalise queries and keys per head.
+    qk_norm: bool = False
+    normalization: str = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    activation: str = "swiglu"
+    # Bias terms in linear layers; in the qkv projection alone.
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    rope_base: float = 10000.0
+    rope_percent: float = 1.0
+    # Use one matrix for the input embedding and the output layer.
+    tie_embeddings: bool = False
+    # Rows of the embedding are padded up to a multiple of this, which parallel.tensor must divide.
+    vocab_multiple: int = 128
+    init_std: float = 0.02
+    dropout: float = 0.0
+
+    # Experts per MoE layer at the first stage; 0 builds a dense model.
+    num_experts: int = 8
+    # Experts chosen per token (K); unchanged by an expansion.
+    top_k: int = 2
+    # Width of one expert's feed-forward.
+    expert_ffn_hidden_size: int = 512
+    # Total width of the experts every token passes; null means none.
+    shared_expert_ffn_hidden_size: int | None = None
+    # Leading and trailing layers that stay dense, and the period of MoE layers between them (2: every second one).
+    dense_first: int = 0
+    dense_last: int = 0
+    moe_period: int = 1
+    # Gate scores; softmax may be taken before top-K (over all experts) or after (over the chosen ones).
+    router_score: str = "sigmoid"
+    router_pre_softmax: bool = False
+    # Group-limited routing: number of routing groups and how many a token may use; null means none.
+    router_groups: int | None = None
+    router_group_topk: int | None = None
+    # Factor on the combined gates; null means none.
+    router_scale: float | None = None
+    # Load balancing: `loss_free` moves a selection bias after each step (needs sigmoid), the others add a loss.
+    balancing: str = "loss_free"
+    aux_loss_coeff: float = 0.01
+    z_loss_coeff: float | None = None
+    # Change of the selection bias per step under loss_free.
+    bias_update_rate: float = 1e-3
+    # Tokens an expert takes at most, as a multiple of the even share; null never drops a token.
+    capacity_factor: float | None = None
+
+    # Expert module: auto takes Transformer Engine's grouped GEMM where it is installed with a GPU, else ours.
+    experts: str = "auto"
+    dispatcher: str = "alltoall"
+    recompute: str = "none"
+    # Further fields of mcore's TransformerConfig by their own names, for what has no key here.
+    mcore: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without knowing the layout.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        for key in ("layers", "hidden_size", "ffn_hidden_size", "attention_heads", "kv_heads", "head_dim", "top_k"):
+            positive(f"model.{key}", getattr(self, key))
+        for key in ("mla_query_rank", "mla_kv_rank", "mla_head_dim", "mla_rope_head_dim", "mla_value_head_dim"):
+            positive(f"model.{key}", getattr(self, key))
+        for key in ("expert_ffn_hidden_size", "shared_expert_ffn_hidden_size", "moe_period", "vocab_multiple"):
+            positive(f"model.{key}", getattr(self, key))
+        for key in ("rope_base", "rope_percent", "norm_epsilon", "init_std", "capacity_factor", "router_scale"):
+            positive(f"model.{key}", getattr(self, key))
+        for key in ("num_experts", "dense_first", "dense_last", "dropout", "aux_loss_coeff", "bias_update_rate"):
+            positive(f"model.{key}", getattr(self, key), zero=True)
+        one_of("model.attention", self.attention, ATTENTION)
+        one_of("model.activation", self.activation, ACTIVATIONS)
+        one_of("model.normalization", self.normalization, NORMS)
+        one_of("model.router_score", self.router_score, SCORES)
+        one_of("model.balancing", self.balancing, BALANCING)
+        one_of("model.experts", self.experts, EXPERT_KINDS)
+        one_of("model.dispatcher", self.dispatcher, DISPATCHERS)
+        one_of("model.recompute", self.recompute, RECOMPUTE)
+        if self.head_dim is None:
+            divides("model.hidden_size", self.hidden_size, "model.attention_heads", self.attention_heads)
+        if self.kv_heads is not None:
+            divides("model.attention_heads", self.attention_heads, "model.kv_heads", self.kv_heads)
+        if self.num_experts:
+            self._check_routing()
+
+    def _check_routing(self) -> None:
+        if self.num_experts < 2:
+            raise ConfigError(f"model.num_experts={self.num_experts}: use 0 for a dense model, or 2 and more experts")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"model.top_k={self.top_k} is above model.num_experts={self.num_experts}: lower top_k")
+        if not self.moe_layer_numbers():
+            raise ConfigError(
+                f"model.dense_first={self.dense_first}, model.dense_last={self.dense_last} and "
+                f"model.moe_period={self.moe_period} leave no MoE layer among model.layers={self.layers}"
+            )
+        if self.balancing == "loss_free" and self.router_score != "sigmoid":
+            raise ConfigError(
+                f"model.balancing=loss_free needs model.router_score=sigmoid, not {self.router_score}: "
+                "change the score, or use model.balancing=aux_loss"
+            )
+        if (self.router_groups is None) != (self.router_group_topk is None):
+            raise ConfigError("model.router_groups and model.router_group_topk go together: set both or neither")
+        if self.router_groups is not None and self.router_group_topk is not None:
+            divides("model.num_experts", self.num_experts, "model.router_groups", self.router_groups)
+            if not 0 < self.router_group_topk <= self.router_groups:
+                raise ConfigError(
+                    f"model.router_group_topk={self.router_group_topk} must lie between 1 and "
+                    f"model.router_groups={self.router_groups}"
+                )
+            divides("model.top_k", self.top_k, "model.router_group_topk", self.router_group_topk)
+
+    def moe_layer_numbers(self) -> tuple[int, ...]:
+        """Numbers (from 1, as in mcore) of the layers that hold experts; empty for a dense model."""
+        if not self.num_experts:
+            return ()
+        middle = range(self.dense_first, self.layers - self.dense_last)
+        return tuple(i + 1 for n, i in enumerate(middle) if (n + 1) % self.moe_period == 0)
+
+    def moe_layer_pattern(self) -> list[int]:
+        """mcore's `moe_layer_freq`: 1 for an MoE layer, 0 for a dense one."""
+        numbers = set(self.moe_layer_numbers())
+        return [int(i + 1 in numbers) for i in range(self.layers)]

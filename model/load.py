@@ -1,0 +1,77 @@
+"""How many tokens each expert gets, counted where the router decides, and the few figures that summarise it.
+
+Definitions (per MoE layer, over all tokens of a step on all ranks): load of an expert = token slots routed to it; share =
+load / sum of loads. Even routing has every share at 1/E.
+"""
+
+from typing import Any
+
+import torch
+
+from model.build import MoEPart
+from parallel.layout import Layout
+
+
+class ExpertLoad:
+    """Counts routed token slots per expert through forward hooks on the routers.
+
+    Args:
+        parts: MoE layers on this rank.
+        layer_numbers: numbers (from 1) of all MoE layers of the network.
+        num_experts: experts per MoE layer.
+    """
+
+    def __init__(self, parts: list[MoEPart], layer_numbers: tuple[int, ...], num_experts: int) -> None:
+        self.layer_numbers = layer_numbers
+        self._rows = {number: row for row, number in enumerate(layer_numbers)}
+        device = next(parts[0].layer.parameters()).device if parts else torch.device("cpu")
+        self._counts_LE = torch.zeros(len(layer_numbers), max(1, num_experts), dtype=torch.int64, device=device)
+        self._hooks = [part.layer.router.register_forward_hook(self._hook(self._rows[part.number])) for part in parts]
+
+    def _hook(self, row: int) -> Any:
+        def count(module: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+            del inputs
+            # Evaluation must not mix into the load of training; recomputation counts twice, which leaves shares alone.
+            if module.training:
+                self._counts_LE[row] += outputs[1].sum(dim=0)
+
+        return count
+
+    def take(self, layout: Layout) -> torch.Tensor:
+        """Share of each expert since the last call, [L, E] fp64 on the CPU, rows summing to 1; equal on all ranks."""
+        counts_LE = layout.sum_over_world(self._counts_LE.clone()).double().cpu()
+        self._counts_LE.zero_()
+        return counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._counts_LE.zero_()
+
+    def remove(self) -> None:
+        """Detach the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def load_figures(share_LE: torch.Tensor) -> dict[str, float]:
+    """The bounded figures of a load matrix.
+
+    Args:
+        share_LE: [L, E] shares, rows summing to 1.
+
+    Returns:
+        `expert_load_max` and `expert_load_min`: largest and smallest share over its even share (neutral 1);
+        `expert_load_entropy`: mean over layers of entropy / log E (1 is even); `dead_experts`: (layer, expert) pairs
+        without a token.
+    """
+    if share_LE.numel() == 0:
+        return {}
+    experts = share_LE.shape[1]
+    entropy_L = -(share_LE * share_LE.clamp(min=1e-30).log()).sum(dim=1)
+    return {
+        "expert_load_max": (share_LE.max() * experts).item(),
+        "expert_load_min": (share_LE.min() * experts).item(),
+        "expert_load_entropy": (entropy_L.mean() / torch.log(torch.tensor(float(experts)))).item(),
+        "dead_experts": int((share_LE == 0).sum()),
+    }

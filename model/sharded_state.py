@@ -1,0 +1,179 @@
+"""Saves and loads the tensors of a model and its optimizer as an mcore torch_dist checkpoint, at any layout.
+
+mcore's `fully_reshardable` optimizer format stores each master and moment under the key and shape of its parameter, so
+one description of keys serves weights and optimizer state alike. Everything that is not a tensor (Adam's step, schedule,
+positions) travels in the checkpoint's manifest (`train/checkpoint.py`), because mcore's own plain part differs between
+EP=1 and EP>1 and between mcore versions.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from model.build import moe_parts
+from parallel.compat import OPTIMIZER_METADATA, load_sharded, save_sharded
+from parallel.errors import CheckpointError
+from parallel.layout import Layout
+from parallel.optimizer_state import allocate_state, chained, forget_step, set_step
+
+OPTIMIZER_PREFIX = "optimizer.state."
+
+
+def metadata(layout: Layout) -> dict[str, Any]:
+    """How mcore shall shape sharded state: resharding optimizer format, one key per layer."""
+    return {**OPTIMIZER_METADATA, "dp_cp_group": layout.groups.dp_cp}
+
+
+def model_state(chunks: list[GPTModel], layout: Layout) -> dict[str, Any]:
+    """Sharded description of the weights and persistent buffers of this rank's chunks."""
+    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata(layout)) for i, chunk in enumerate(chunks)}
+
+
+def optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout, *, loading: bool) -> list[Any]:
+    """mcore's sharded optimizer state, one tree per optimizer of the chain."""
+    flat = {f"{name}.{key}": value for name, part in model.items() for key, value in part.items()}
+    return [
+        single.sharded_state_dict(flat, is_loading=loading, metadata=metadata(layout)) for single in chained(optimizer)
+    ]
+
+
+def _sharded_leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], ShardedBase]]:
+    if isinstance(tree, ShardedBase):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _sharded_leaves(value, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _sharded_leaves(value, (*path, index))
+
+
+def _flatten(trees: list[Any]) -> dict[str, ShardedBase]:
+    """Sharded leaves only, under unique names; the names are not stored, the keys of the leaves are."""
+    return {"/".join(map(str, path)): leaf for path, leaf in _sharded_leaves(trees)}
+
+
+def _write_back(trees: list[Any], loaded: dict[str, Any]) -> None:
+    """Put loaded tensors where their descriptions were."""
+    for path, _ in list(_sharded_leaves(trees)):
+        node: Any = trees
+        for step in path[:-1]:
+            node = node[step]
+        node[path[-1]] = loaded["/".join(map(str, path))]
+
+
+def save_tensors(directory: Path, chunks: list[GPTModel], optimizer: Any, layout: Layout) -> None:
+    """Write weights, buffers, masters and moments; collective over all ranks.
+
+    Raises:
+        CheckpointError: if the folder cannot be written.
+    """
+    state = model_state(chunks, layout)
+    state["optimizer"] = _flatten(optimizer_state(optimizer, dict(state), layout, loading=False))
+    save_sharded(state, str(directory), parallel_group=layout.groups.dp_cp)
+
+
+def load_tensors(
+    directory: Path, chunks: list[GPTModel], optimizer: Any, layout: Layout, *, step: int, with_optimizer: bool = True
+) -> None:
+    """Load weights, buffers, masters and moments saved under any layout; collective over all ranks.
+
+    Args:
+        directory: what `save_tensors` wrote.
+        chunks: bare model chunks to fill.
+        optimizer: their optimizer; its masters, moments and step count are set.
+        layout: the current layout.
+        step: Adam's step count at the save.
+        with_optimizer: False keeps fresh moments and takes the masters from the weights.
+
+    Raises:
+        CheckpointError: naming the first key that the checkpoint lacks or that this model does not know.
+    """
+    request = model_state(chunks, layout)
+    trees: list[Any] = []
+    if with_optimizer:
+        allocate_state(optimizer)
+        trees = optimizer_state(optimizer, dict(request), layout, loading=True)
+        request["optimizer"] = _flatten(trees)
+    loaded, missing, unexpected = load_sharded(request, str(directory), strict=False)
+    _refuse_difference(directory, missing, unexpected, with_optimizer)
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=True)
+    if not with_optimizer:
+        optimizer.reload_model_params()
+        return
+    _write_back(trees, loaded["optimizer"])
+    forget_step(optimizer)
+    for single, tree in zip(chained(optimizer), trees, strict=True):
+        if isinstance(single, DistributedOptimizer):
+            # Its load_state_dict would put one shared step tensor into every state; this reads tensors only.
+            single.load_parameter_state_from_fully_reshardable(tree["param_state"])
+        else:
+            _load_plain(single, tree)
+    set_step(optimizer, step)
+
+
+def _load_plain(single: Any, tree: dict[str, Any]) -> None:
+    """Copy loaded tensors into an optimizer whose state is not sharded over data ranks, parameter by parameter."""
+    inner = tree["optimizer"] if "optimizer" in tree else tree
+    params = [p for group in single.optimizer.param_groups for p in group["params"]]
+    for index, param in enumerate(params):
+        for name, tensor in inner["state"][index].items():
+            single.optimizer.state[param][name].copy_(tensor)
+    for masters, values in zip(getattr(single, "fp32_from_float16_groups", ()), tree.get("fp32_from_fp16_params", ()), strict=True):
+        for master, value in zip(masters, values, strict=True):
+            master.data.copy_(value)
+
+
+def _refuse_difference(directory: Path, missing: set[str], unexpected: set[str], with_optimizer: bool) -> None:
+    if not with_optimizer:
+        unexpected = {k for k in unexpected if not k.startswith(OPTIMIZER_PREFIX)}
+    if missing:
+        first = min(missing)
+        hint = (
+            ": to go on knowingly with fresh moments use checkpoint.load=model_only"
+            if all(k.startswith(OPTIMIZER_PREFIX) for k in missing)
+            else ": it is of another model"
+        )
+        raise CheckpointError(f"checkpoint {directory} lacks {len(missing)} keys of this run, first {first}{hint}")
+    if unexpected:
+        raise CheckpointError(
+            f"checkpoint {directory} holds {len(unexpected)} keys that this run does not know, first "
+            f"{min(unexpected)}: it is of another model"
+        )
+
+
+def expert_keys(chunks: list[GPTModel], layout: Layout) -> dict[str, dict[str, Any]]:
+    """Which checkpoint keys run over experts on their first axis, over all ranks.
+
+    Returns:
+        key -> {"layer": number from 1, "kind": expert | router | selection_bias}. Masters and moments are stored under
+        `optimizer.state.<name>.<key>` and follow their parameter.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    parts = moe_parts(chunks)
+    for part in model_state(chunks, layout).values():
+        for _, leaf in _sharded_leaves(part):
+            for moe in parts:
+                if leaf.key.startswith(f"{moe.prefix}experts."):
+                    found[leaf.key] = {"layer": moe.number, "kind": "expert"}
+                elif leaf.key == f"{moe.prefix}router.expert_bias":
+                    found[leaf.key] = {"layer": moe.number, "kind": "selection_bias"}
+                elif leaf.key.startswith(f"{moe.prefix}router."):
+                    found[leaf.key] = {"layer": moe.number, "kind": "router"}
+    merged: dict[str, dict[str, Any]] = {}
+    for theirs in layout.gather_objects(found):
+        merged.update(theirs)
+    return dict(sorted(merged.items()))
+
+
+def parameter_of(key: str) -> tuple[str, str]:
+    """Split a checkpoint key into (kind of state, parameter key): `weight` or the optimizer state's name."""
+    if key.startswith(OPTIMIZER_PREFIX):
+        name, parameter = key[len(OPTIMIZER_PREFIX) :].split(".", 1)
+        return name, parameter
+    return "weight", key

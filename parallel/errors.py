@@ -1,0 +1,43 @@
+"""Typed errors of Coppice: one line that names the key, the value and the remedy.
+
+Every error a user can cause is a `CoppiceError`. Entry points print `error: <message>` on rank 0, without a traceback,
+and exit with `exit_code` on every rank. Anything else is a defect of ours and keeps its traceback.
+"""
+
+
+class CoppiceError(Exception):
+    """Base of all errors that tell a user what to change."""
+
+    exit_code = 1
+    # Set where another rank already prints the cause, so that it appears once.
+    quiet = False
+
+
+class ConfigError(CoppiceError):
+    """A configuration value is unknown, of the wrong type, or impossible in combination with another."""
+
+    exit_code = 2
+
+
+class DataError(CoppiceError):
+    """A corpus or an input file is missing, empty, unreadable or not what the run expects."""
+
+    exit_code = 3
+
+
+class CheckpointError(CoppiceError):
+    """A checkpoint is missing, incomplete, of another model, or cannot be written."""
+
+    exit_code = 4
+
+
+class ExpansionError(CoppiceError):
+    """An expansion could not be planned, carried out or verified; the old stage is on disk, intact."""
+
+    exit_code = 5
+
+
+class LaunchError(CoppiceError):
+    """The processes could not find each other: a port in use, a missing rank, an unknown backend."""
+
+    exit_code = 6

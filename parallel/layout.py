@@ -1,0 +1,216 @@
+"""The process groups of a run as one object that is passed around, never fetched from globals.
+
+`Layout.create` joins the job's process group, forms mcore's groups and seeds its RNG trackers. The rest of the code asks
+the layout for coordinates and collectives; only this package touches torch.distributed or mcore.parallel_state.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from parallel.config import ParallelConfig
+from parallel.errors import CoppiceError, LaunchError
+
+
+def _check_rendezvous() -> None:
+    """Refuse a rendezvous port that somebody else holds, before torch waits on it.
+
+    Under torchrun the agent owns the store, so the port is meant to be taken.
+
+    Raises:
+        LaunchError: naming the port.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or os.environ.get("RANK", "0") != "0":
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as e:
+            raise LaunchError(
+                f"MASTER_PORT={port} on {host} cannot be used ({e.strerror}): choose a free port, or start with "
+                "`torchrun --standalone`"
+            ) from None
+
+
+def join_job(timeout_seconds: int) -> None:
+    """Join the job's process group: NCCL where there is CUDA, gloo otherwise; a single process needs no launcher.
+
+    Raises:
+        LaunchError: if the port is taken or the other processes do not appear in time.
+    """
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        if os.environ["WORLD_SIZE"] != "1":
+            raise LaunchError("MASTER_PORT is not set: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    _check_rendezvous()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    except (dist.DistError, RuntimeError, ValueError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first = str(e).splitlines()[0]
+        raise LaunchError(
+            f"rank {os.environ['RANK']} could not join the {os.environ['WORLD_SIZE']} processes at MASTER_ADDR:"
+            f"MASTER_PORT={where} ({first}): check that the port is free and every process was started"
+        ) from None
+
+
+@dataclass
+class Layout:
+    """Sizes, this rank's coordinates, and the process groups of one parallel layout."""
+
+    config: ParallelConfig
+    world_size: int
+    rank: int
+    data_size: int
+    data_rank: int
+    groups: ProcessGroupCollection
+    device: torch.device
+
+    @classmethod
+    def create(cls, config: ParallelConfig, seed: int) -> "Layout":
+        """Form the process groups and seed mcore's RNG trackers.
+
+        Args:
+            config: sizes of the parallel dimensions.
+            seed: root seed; mcore derives one stream per (tensor, pipeline, expert) coordinate from it.
+
+        Raises:
+            ConfigError: if the sizes do not fit the number of processes.
+        """
+        world = dist.get_world_size()
+        config.data(world)
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+            context_parallel_size=config.context,
+            expert_model_parallel_size=config.expert,
+            expert_tensor_parallel_size=config.expert_tensor,
+            distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        torch.manual_seed(seed)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return cls(
+            config=config,
+            world_size=world,
+            rank=dist.get_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            groups=ProcessGroupCollection.use_mpu_process_groups(),
+            device=device,
+        )
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the input embedding."""
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """mcore requires it for MoE under tensor parallelism, and it never costs anything."""
+        return self.config.tensor > 1
+
+    def coordinates(self) -> dict[str, int]:
+        """This rank's place in every dimension."""
+        g = self.groups
+        return {
+            "tensor": g.tp.rank(),
+            "pipeline": g.pp.rank(),
+            "context": g.cp.rank(),
+            "data": self.data_rank,
+            "expert": g.ep.rank(),
+            "expert_tensor": g.expt_tp.rank(),
+            "expert_data": g.expt_dp.rank(),
+        }
+
+    def sum_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def sum_over(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """Sum a tensor over one of `groups`, in place."""
+        if group.size() > 1:
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collect one small picklable value per rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_rank_zero(self, value: Any) -> Any:
+        """Give every rank the value that rank 0 holds."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu") if self.device.type == "cpu" else self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run a block that may fail on one rank, and make every rank fail if any did.
+
+        A lone rank that raises leaves the others in their next collective until the time-out; here the failure is agreed
+        on first. The block must not contain collectives that the failing rank would skip.
+
+        Args:
+            what: the act, for the message on the ranks that did not fail.
+
+        Raises:
+            CoppiceError: the rank's own error, or on the other ranks an error that names the rank.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except Exception as e:
+            failure = e
+        told = self.gather_objects(None if failure is None else (type(failure).__name__, str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(told):
+            if message is not None:
+                error = CoppiceError(f"{what} failed on rank {rank}: {message[1]}")
+                error.quiet = True
+                raise error
+
+
+def leave_job() -> None:
+    """Forget mcore's groups and leave the process group."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

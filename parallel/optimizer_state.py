@@ -1,0 +1,124 @@
+"""What mcore's optimizers hold for each model parameter, seen alike whether state is sharded over data ranks or not.
+
+Three optimizers occur: the distributed one (ZeRO-1: each rank holds a flat range of every parameter), bf16 with fp32
+masters on every rank, and plain fp32. `optimizer_views` hides the difference; checkpoints, fingerprints and the switch
+read and write state through it. Adam's step count is a number per optimizer in mcore's formats, so it is handled apart.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from parallel.errors import CheckpointError
+
+# Moments of Adam; mcore calls the fp32 master "param".
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class OptimizerView:
+    """State of one model parameter on this rank.
+
+    Attributes:
+        param: the model parameter.
+        start: first element of the flattened parameter that this rank's state covers.
+        tensors: `param` (the fp32 master), `exp_avg`, `exp_avg_sq`: same number of elements each. No master where the
+            model itself is fp32; no moments before the first step.
+        sharded: whether other data ranks hold the rest.
+    """
+
+    param: torch.nn.Parameter
+    start: int
+    tensors: dict[str, torch.Tensor]
+    sharded: bool
+
+
+def chained(optimizer: Any) -> list[Any]:
+    """The optimizers behind mcore's facade: dense parameters first, expert parameters second where they are apart."""
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def optimizer_views(optimizer: Any) -> Iterator[OptimizerView]:
+    """Every model parameter that this rank holds state for."""
+    for single in chained(optimizer):
+        if isinstance(single, DistributedOptimizer):
+            yield from _distributed_views(single)
+        elif isinstance(single, Float16OptimizerWithFloat16Params):
+            for params, masters in zip(single.float16_groups, single.fp32_from_float16_groups, strict=True):
+                for param, master in zip(params, masters, strict=True):
+                    yield OptimizerView(param, 0, {"param": master} | _moments(single, master), sharded=False)
+            for group in single.fp32_from_fp32_groups:
+                for param in group:
+                    yield OptimizerView(param, 0, _moments(single, param), sharded=False)
+        elif isinstance(single, FP32Optimizer):
+            for group in single.optimizer.param_groups:
+                for param in group["params"]:
+                    yield OptimizerView(param, 0, _moments(single, param), sharded=False)
+        else:
+            raise TypeError(f"unknown optimizer {type(single).__name__}: teach parallel/optimizer_state.py about it")
+
+
+def _moments(single: Any, key: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = single.optimizer.state.get(key, {})
+    return {name: state[name] for name in MOMENTS if name in state}
+
+
+def _distributed_views(single: DistributedOptimizer) -> Iterator[OptimizerView]:
+    for param, (group, index) in single.model_param_group_index_map.items():
+        main = single.optimizer.param_groups[group]["params"][index]
+        owned = single._get_model_param_range_map(param)["param"]
+        yield OptimizerView(param, owned.start, {"param": main} | _moments(single, main), sharded=True)
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Make Adam's tensors exist, so that a checkpoint can be loaded into a fresh optimizer.
+
+    mcore's way is a step on zero gradients; whatever it does to masters and moments is overwritten by the load.
+    """
+    for single in chained(optimizer):
+        if not single.optimizer.state:
+            if isinstance(single, DistributedOptimizer):
+                single._init_optimizer_states_with_dummy_values()
+            else:
+                single.init_state_fn(single.optimizer, single.config)
+
+
+def get_step(optimizer: Any) -> int:
+    """Adam's step count, equal for all parameters in mcore's formats; 0 before the first step.
+
+    Raises:
+        CheckpointError: if parameters disagree.
+    """
+    steps = set()
+    for single in chained(optimizer):
+        steps |= {int(s["step"]) for s in single.optimizer.state.values() if "step" in s}
+        steps |= {int(g["step"]) for g in single.optimizer.param_groups if "step" in g and g["params"]}
+    if len(steps) > 1:
+        raise CheckpointError(f"optimizer parameters disagree on Adam's step count: {sorted(steps)}")
+    return steps.pop() if steps else 0
+
+
+def set_step(optimizer: Any, step: int) -> None:
+    """Set Adam's step count. Each parameter gets its own tensor: torch advances a shared one once per parameter."""
+    for single in chained(optimizer):
+        for state in single.optimizer.state.values():
+            if torch.is_tensor(state.get("step")) or ("step" not in state and _keeps_step_per_parameter(single)):
+                state["step"] = torch.tensor(float(step))
+        for group in single.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = step
+
+
+def _keeps_step_per_parameter(single: Any) -> bool:
+    return isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def forget_step(optimizer: Any) -> None:
+    """Drop torch Adam's step tensors; mcore's loader of distributed state stumbles over them (call `set_step` after)."""
+    for single in chained(optimizer):
+        for state in single.optimizer.state.values():
+            state.pop("step", None)

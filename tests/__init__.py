@@ -1,0 +1,1 @@
+"""Tests of Coppice, one folder per package."""

@@ -1,0 +1,1 @@
+"""The run: entry point, loop, data, checkpoints, metrics, evaluation, report."""

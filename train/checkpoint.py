@@ -1,0 +1,216 @@
+"""Checkpoints on disk: where they lie, what makes one complete, which one to resume from, which ones to keep.
+
+    RUN_DIR/checkpoints/step-00000100/            after step 100 (the last of a stage if an expansion follows)
+    RUN_DIR/checkpoints/step-00000100-stage1/     the same step, expanded into stage 1
+        tensors/        torch_dist: weights, masters, moments (any layout can read it)
+        rng/            generator states per rank (read on the same layout only)
+        manifest.json   everything that is not a tensor; written last, so its presence means complete
+
+A checkpoint is written under a name ending in `.partial` and renamed when complete. A failed save never touches an older
+one.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import CheckpointError
+from parallel.layout import Layout
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
+
+
+@dataclass
+class Manifest:
+    """What a checkpoint says about itself."""
+
+    step: int
+    stage: int
+    num_experts: int
+    # Adam's step count.
+    optimizer_step: int
+    # What the network looks like, apart from the number of experts (`model_identity`).
+    model: dict[str, Any]
+    vocab_size: int
+    layout: dict[str, int]
+    # Layout-free numbers of every tensor; verified after each load.
+    fingerprints: dict[str, list[int]]
+    # Checkpoint keys that run over experts.
+    experts: dict[str, dict[str, Any]]
+    # Segments of the training stream, tokenizer and corpora.
+    data: dict[str, Any]
+    scheduler: dict[str, Any]
+    # Plans of all expansions so far, oldest first.
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    tracker_id: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
+    format: int = FORMAT
+
+
+def checkpoint_name(step: int, stage: int, expanded: bool) -> str:
+    """Folder name of a checkpoint; `expanded` marks the one an expansion has just made."""
+    return f"step-{step:08d}" + (f"-stage{stage}" if expanded else "")
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; of one step, the expanded one is newer."""
+    root = run_dir / "checkpoints"
+    found = []
+    for path in root.iterdir() if root.is_dir() else []:
+        match = _NAME.match(path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for _, _, path in sorted(found)]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: if it is missing, unreadable or of an unknown format.
+    """
+    file = path / MANIFEST
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{file} cannot be read ({e}): use an older checkpoint") from None
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"{file} has format {values.get('format')}; this version reads format {FORMAT}")
+    return Manifest(**values)
+
+
+def resolve(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to start from: newest of the run for `auto`, None for a fresh start, or a given path.
+
+    Args:
+        run_dir: folder of the run.
+        resume: `auto`, `never`, or the path of a checkpoint or of a run.
+
+    Raises:
+        CheckpointError: if a path holds none, or `never` meets a run directory in use.
+    """
+    own = list_checkpoints(run_dir)
+    if resume == "auto":
+        return own[-1] if own else None
+    if resume == "never":
+        if own or (run_dir / "metrics.jsonl").exists():
+            raise CheckpointError(
+                f"run.resume=never, but run.dir={run_dir} holds a run{f' up to {own[-1].name}' if own else ''}: choose "
+                "another run.dir, move that folder, or use run.resume=auto"
+            )
+        return None
+    path = Path(resume)
+    if (path / MANIFEST).is_file():
+        return path
+    theirs = list_checkpoints(path)
+    if not theirs:
+        raise CheckpointError(
+            f"run.resume={resume} is neither auto, never, a complete checkpoint, nor a run directory with one"
+        )
+    return theirs[-1]
+
+
+def need_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Refuse to start writing what will not fit.
+
+    Raises:
+        CheckpointError: naming the folder, what is free and what is needed.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"run.dir={folder}: {what} needs {needed_bytes / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free: free "
+            "space, lower checkpoint.keep_last, or choose another run.dir"
+        )
+
+
+class CheckpointFolder:
+    """Reserve, publish and retire checkpoints of one run. Every method is called by all ranks."""
+
+    def __init__(self, run_dir: Path, layout: Layout, keep_last: int | None) -> None:
+        self.run_dir = run_dir
+        self.root = run_dir / "checkpoints"
+        self.layout = layout
+        self.keep_last = keep_last
+
+    def write(self, name: str, manifest: Manifest, needed_bytes: int, write_tensors: Callable[[Path], None]) -> Path:
+        """Write one checkpoint under a staging name, then publish it by rename.
+
+        Args:
+            name: folder name (`checkpoint_name`).
+            manifest: what it says about itself; equal on all ranks.
+            needed_bytes: estimate, checked before anything is written.
+            write_tensors: called on all ranks with the staging folder; writes `tensors/` and `rng/`.
+
+        Raises:
+            CheckpointError: if there is no room or the disk fails; older checkpoints are untouched.
+        """
+        staging, final = self.root / f"{name}.partial", self.root / name
+        with self.layout.together("preparing a checkpoint"):
+            if self.layout.rank == 0:
+                self._prepare(staging, needed_bytes, name)
+        try:
+            write_tensors(staging)
+        except OSError as e:
+            raise CheckpointError(f"checkpoint {final} could not be written: {e.strerror or e}") from e
+        with self.layout.together("publishing a checkpoint"):
+            if self.layout.rank == 0:
+                self._publish(staging, final, manifest)
+        return final
+
+    def _prepare(self, staging: Path, needed_bytes: int, name: str) -> None:
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            need_space(self.root, needed_bytes, f"checkpoint {name}")
+            (staging / "tensors").mkdir(parents=True)
+            (staging / "rng").mkdir()
+        except OSError as e:
+            raise CheckpointError(f"run.dir={self.run_dir} cannot be written ({e.strerror}): choose another") from e
+
+    def _publish(self, staging: Path, final: Path, manifest: Manifest) -> None:
+        try:
+            with open(staging / MANIFEST, "w") as file:
+                json.dump(asdict(manifest), file)
+                file.flush()
+                os.fsync(file.fileno())
+            if final.exists():
+                # Only a run continued over an older ending writes the same step twice; the older one goes last.
+                replaced = final.with_suffix(".replaced")
+                final.rename(replaced)
+                staging.rename(final)
+                shutil.rmtree(replaced)
+            else:
+                staging.rename(final)
+        except OSError as e:
+            raise CheckpointError(f"checkpoint {final} could not be published: {e.strerror or e}") from e
+
+    def retire(self, kept_steps: set[int]) -> list[str]:
+        """Remove ordinary checkpoints beyond `keep_last`; those of `kept_steps` (around expansions) stay.
+
+        Returns:
+            Names of what was removed.
+        """
+        removed = []
+        if self.layout.rank == 0 and self.keep_last is not None:
+            ordinary = [p for p in list_checkpoints(self.run_dir) if int(p.name[5:13]) not in kept_steps]
+            for path in ordinary[: -self.keep_last]:
+                (path / MANIFEST).unlink()
+                shutil.rmtree(path)
+                removed.append(path.name)
+        return list(self.layout.from_rank_zero(removed))
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

@@ -1,0 +1,306 @@
+"""Typed schema of a run. One dataclass per group; every key a user can set is a field here, with its unit.
+
+`configs/` holds values only. `train/settings.py` composes them with Hydra; `RunSettings.check` refuses what cannot run,
+before any process group or device is touched.
+"""
+
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig, divides, one_of, positive
+from parallel.config import ParallelConfig
+from parallel.errors import ConfigError
+from upcycle.config import UpcycleConfig
+
+
+@dataclass
+class RunConfig:
+    """The run itself."""
+
+    # Folder of everything the run writes: config, metrics, events, plans, checkpoints, report.
+    dir: str = "runs/default"
+    # Root of every random choice: initialisation, data order, expansion noise.
+    seed: int = 1234
+    # Optimizer steps in all, over all stages.
+    steps: int = 1000
+    # auto continues from the newest complete checkpoint in run.dir, never starts anew in an empty folder, or a path.
+    resume: str = "auto"
+    # bf16 (fp32 masters and gradients) or fp32.
+    precision: str = "bf16"
+    # Save and stop after this step although run.steps is larger (a planned interruption); null runs to the end.
+    stop_at_step: int | None = None
+    # A progress line every so many steps.
+    log_interval_steps: int = 10
+    # A row of per-expert load (the heat map of the report) every so many steps.
+    load_interval_steps: int = 5
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        for key in ("steps", "stop_at_step", "log_interval_steps", "load_interval_steps"):
+            positive(f"run.{key}", getattr(self, key))
+        positive("run.seed", self.seed, zero=True)
+        one_of("run.precision", self.precision, ("bf16", "fp32"))
+        if not self.dir:
+            raise ConfigError("run.dir is empty: name a folder for the run")
+
+
+@dataclass
+class CorpusWeight:
+    """One corpus of a blend."""
+
+    # What `python -m train.corpus ... --output PREFIX` was given.
+    prefix: str = ""
+    # Share of the training samples, relative to the other corpora.
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Tokens in: corpora, and the shape of a step."""
+
+    # Prefix of one corpus; or several in `blend`.
+    corpus: str | None = None
+    blend: list[CorpusWeight] = field(default_factory=list)
+    # Tokens per sample.
+    sequence_length: int = 256
+    # Samples per forward-backward on one data-parallel rank.
+    micro_batch_size: int = 4
+    # Samples per optimizer step over all ranks; gradient accumulation is derived.
+    global_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        for key in ("sequence_length", "micro_batch_size", "global_batch_size"):
+            positive(f"data.{key}", getattr(self, key))
+        for i, part in enumerate(self.blend):
+            positive(f"data.blend[{i}].weight", part.weight)
+            if not part.prefix:
+                raise ConfigError(f"data.blend[{i}].prefix is empty: name a corpus")
+
+    def corpora(self) -> list[CorpusWeight]:
+        """The corpora of the run with their weights.
+
+        Raises:
+            ConfigError: if none or both forms are given.
+        """
+        if self.corpus and self.blend:
+            raise ConfigError(f"data.corpus={self.corpus} and data.blend are both set: use one of them")
+        if self.corpus:
+            return [CorpusWeight(prefix=self.corpus)]
+        if not self.blend:
+            raise ConfigError(
+                "data.corpus is not set: build one with `python -m train.corpus INPUT --output PREFIX` and give "
+                "data.corpus=PREFIX"
+            )
+        return self.blend
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW as mcore builds it: Transformer Engine's, NVIDIA Apex's or torch's, by what is installed."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    # Gradients are scaled down to this global norm; 0 leaves them.
+    clip_grad: float = 1.0
+    # Shard masters and moments over data-parallel ranks (ZeRO-1).
+    distributed: bool = True
+    # Reduce gradients while the backward pass still runs; gather parameters while the forward pass runs.
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"optimizer.{key}={getattr(self, key)} must lie in [0, 1)")
+        positive("optimizer.epsilon", self.epsilon)
+        positive("optimizer.weight_decay", self.weight_decay, zero=True)
+        positive("optimizer.clip_grad", self.clip_grad, zero=True)
+        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
+            raise ConfigError(
+                "optimizer.overlap_param_gather=true needs optimizer.distributed=true and "
+                "optimizer.overlap_grad_reduce=true"
+            )
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run, in optimizer steps."""
+
+    # wsd (warmup, stable, decay), cosine, linear or constant.
+    style: str = "wsd"
+    learning_rate: float = 3e-4
+    # Learning rate at the end of the decay.
+    min_learning_rate: float = 3e-5
+    warmup_steps: int = 0
+    # Length of the last phase of wsd; null means a tenth of the run.
+    decay_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        one_of("schedule.style", self.style, ("wsd", "cosine", "linear", "constant"))
+        positive("schedule.learning_rate", self.learning_rate)
+        positive("schedule.min_learning_rate", self.min_learning_rate, zero=True)
+        positive("schedule.warmup_steps", self.warmup_steps, zero=True)
+        positive("schedule.decay_steps", self.decay_steps)
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"schedule.min_learning_rate={self.min_learning_rate} is above "
+                f"schedule.learning_rate={self.learning_rate}: lower it"
+            )
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept, and when."""
+
+    # Save every so many steps; null saves only at expansions, stops and the end.
+    interval_steps: int | None = 500
+    # Ordinary checkpoints kept; those before an expansion are kept for ever. null keeps all.
+    keep_last: int | None = 2
+    # Save before an expansion (the pre-switch checkpoint). The checkpoint path needs it.
+    save_final: bool = True
+    # full, or model_only to accept a checkpoint without usable optimizer state knowingly.
+    load: str = "full"
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        positive("checkpoint.interval_steps", self.interval_steps)
+        positive("checkpoint.keep_last", self.keep_last)
+        one_of("checkpoint.load", self.load, ("full", "model_only"))
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation loss on the held-out part of the corpora."""
+
+    # Evaluate every so many steps; null evaluates only around expansions and at the end.
+    interval_steps: int | None = 100
+    # Global batches per evaluation.
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key and the value.
+        """
+        positive("evaluation.interval_steps", self.interval_steps)
+        positive("evaluation.batches", self.batches)
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases. JSONL in run.dir is the source of truth; the run never waits for a tracker."""
+
+    # none or wandb.
+    backend: str = "wandb"
+    # offline (files under run.dir), or online.
+    mode: str = "offline"
+    project: str = "coppice"
+    # Display name; null takes the name of run.dir.
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check choices.
+
+        Raises:
+            ConfigError: naming the key and the value.
+        """
+        one_of("tracking.backend", self.backend, ("none", "wandb"))
+        one_of("tracking.mode", self.mode, ("offline", "online"))
+
+
+@dataclass
+class RunSettings:
+    """Everything a run is told: the root of the configuration."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+
+    def check(self, world_size: int) -> None:
+        """Check every combination of values for a number of processes.
+
+        Raises:
+            ConfigError: naming the keys, the values and the remedy.
+        """
+        self._check_layout(world_size)
+        self._check_schedule()
+        self.upcycle.check(self.model, self.parallel, self.run.steps)
+        self.data.corpora()
+
+    def _check_layout(self, world_size: int) -> None:
+        model, parallel, data = self.model, self.parallel, self.data
+        data_ranks = parallel.data(world_size)
+        parallel.expert_data(world_size)
+        if parallel.expert > 1 and not model.num_experts:
+            raise ConfigError(f"parallel.expert={parallel.expert} needs experts: model.num_experts=0 is a dense model")
+        divides("model.num_experts", model.num_experts, "parallel.expert", parallel.expert)
+        divides("model.expert_ffn_hidden_size", model.expert_ffn_hidden_size, "parallel.expert_tensor",
+                parallel.expert_tensor)
+        divides("model.attention_heads", model.attention_heads, "parallel.tensor", parallel.tensor)
+        if model.kv_heads is not None and model.kv_heads % parallel.tensor and parallel.tensor % model.kv_heads:
+            raise ConfigError(
+                f"model.kv_heads={model.kv_heads} and parallel.tensor={parallel.tensor} do not divide each other: "
+                "change one of them"
+            )
+        divides("model.hidden_size", model.hidden_size, "parallel.tensor", parallel.tensor)
+        divides("model.vocab_multiple", model.vocab_multiple, "parallel.tensor", parallel.tensor)
+        divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", parallel.tensor)
+        if model.shared_expert_ffn_hidden_size is not None:
+            divides("model.shared_expert_ffn_hidden_size", model.shared_expert_ffn_hidden_size, "parallel.tensor",
+                    parallel.tensor)
+        divides("model.layers", model.layers, "parallel.pipeline x parallel.virtual_pipeline",
+                parallel.pipeline * parallel.chunks())
+        divides("data.sequence_length", data.sequence_length, "2 x parallel.context x parallel.tensor",
+                (2 * parallel.context if parallel.context > 1 else 1) * parallel.tensor)
+        divides("data.global_batch_size", data.global_batch_size, "data.micro_batch_size x data-parallel ranks",
+                data.micro_batch_size * data_ranks)
+        accumulation = data.global_batch_size // (data.micro_batch_size * data_ranks)
+        if parallel.chunks() > 1:
+            divides("gradient accumulation (data.global_batch_size / data.micro_batch_size / data ranks)",
+                    accumulation, "parallel.pipeline", parallel.pipeline)
+
+    def _check_schedule(self) -> None:
+        run, schedule = self.run, self.schedule
+        if schedule.warmup_steps >= run.steps:
+            raise ConfigError(
+                f"schedule.warmup_steps={schedule.warmup_steps} must be below run.steps={run.steps}: "
+                "shorten the warm-up or raise run.steps"
+            )
+        if schedule.style == "wsd" and schedule.decay_steps is not None:
+            if schedule.decay_steps > run.steps - schedule.warmup_steps:
+                raise ConfigError(
+                    f"schedule.decay_steps={schedule.decay_steps} does not fit between the warm-up "
+                    f"({schedule.warmup_steps}) and run.steps={run.steps}: shorten it"
+                )

@@ -1,0 +1,356 @@
+"""What a report says, computed from a run directory: columns of numbers, stages, expansions, checkpoints, load history.
+
+Separate from drawing and from HTML so that the numbers can be tested and printed alone. A resumed run repeats events;
+those that a later attempt replaced are marked superseded and left out of every figure and total.
+Shape suffix: S recorded steps.
+
+Usage: `record = load_run(Path("runs/a"))`
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from parallel.errors import DataError
+from train.report_load import LoadHistory, load_histories
+from train.run_files import RunFiles, numbered_records
+
+Floats = npt.NDArray[np.float64]
+
+METRICS = (
+    "tokens",
+    "lm_loss",
+    "grad_norm",
+    "learning_rate",
+    "step_seconds",
+    "tokens_per_second",
+    "expert_load_max",
+    "expert_load_min",
+    "expert_load_entropy",
+    "dead_experts",
+)
+# Share of a stage averaged for "training loss at its end", and the most steps that may be.
+END_SHARE, END_STEPS = 0.05, 100
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of events.jsonl."""
+
+    time: str
+    step: int
+    name: str
+    details: dict[str, Any]
+    superseded: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One validation: mean loss in nats per token, and how far replicas of one parent have moved apart."""
+
+    step: int
+    valid_loss: float | None
+    divergence: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """One switch, as its event and its plan recorded it. Fields are None where the run did not record them."""
+
+    step: int
+    from_experts: int
+    to_experts: int
+    selection: str
+    loss_before: float | None
+    loss_after: float | None
+    pause_seconds: float | None
+    seconds: dict[str, float]
+    parameters_total: float | None
+    parameters_active: float | None
+    plan: dict[str, Any] | None
+
+    @property
+    def position(self) -> float:
+        """Where it lies on a step axis: after its step, before the next."""
+        return self.step + 0.5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of steps with one expert count: `[start, stop)` are rows of the columns."""
+
+    index: int
+    num_experts: int
+    start: int
+    stop: int
+    first_step: int
+    last_step: int
+    tokens: float | None
+    parameters_total: float | None
+    parameters_active: float | None
+    end_loss: float | None
+    end_loss_steps: int
+    tokens_per_second: float | None
+    step_seconds: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything a report shows."""
+
+    name: str
+    files: RunFiles
+    steps_S: Floats
+    columns: dict[str, Floats]
+    stages: list[Stage]
+    expansions: list[Expansion]
+    evaluations: list[Evaluation]
+    events: list[Event]
+    loads: list[LoadHistory]
+    start: dict[str, Any]
+    status: str
+    config_text: str
+    checkpoints: list[Event]
+
+    def has(self, column: str) -> bool:
+        """Whether the run recorded any number under this name."""
+        return bool(np.isfinite(self.columns[column]).any())
+
+    @property
+    def last_step(self) -> int:
+        """The last trained step."""
+        return int(self.steps_S[-1])
+
+    @property
+    def end_loss(self) -> tuple[float | None, int, str]:
+        """Loss at the end of the run, its step and its kind: the last validation, else the last training losses."""
+        validations = [e for e in self.evaluations if e.valid_loss is not None]
+        if validations:
+            return validations[-1].valid_loss, validations[-1].step, "validation"
+        return self.stages[-1].end_loss, self.stages[-1].last_step, "training"
+
+
+def load_run(run_dir: Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        DataError: it does not exist, is no run directory, has no metrics yet, or holds a line that is not what it says.
+    """
+    files = RunFiles(run_dir)
+    if not files.run_dir.is_dir():
+        raise DataError(f"{run_dir}: no such directory: give the directory of a run")
+    if not files.metrics.exists() and not files.events.exists():
+        raise DataError(f"{run_dir}: not a run directory (no metrics.jsonl, no events.jsonl): give the one of a run")
+    steps_S, columns, stage_S, experts_S = _columns(files)
+    events = _events(files)
+    start = next((event.details for event in reversed(events) if event.name == "start"), {})
+    expansions = _expansions(files, events, steps_S, stage_S, experts_S)
+    config_text = ""
+    if files.config.exists():
+        config_text = files.config.read_text(encoding="utf-8", errors="replace")
+    return RunRecord(
+        name=files.run_dir.resolve().name,
+        files=files,
+        steps_S=steps_S,
+        columns=columns,
+        stages=_stages(steps_S, columns, stage_S, experts_S, start, expansions),
+        expansions=expansions,
+        evaluations=_evaluations(events),
+        events=events,
+        loads=load_histories(files),
+        start=start,
+        status=_status(events, int(steps_S[-1])),
+        config_text=config_text,
+        checkpoints=_checkpoints(events),
+    )
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None: what a run did not record must not look like zero."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
+        return float(value)
+    return None
+
+
+def _columns(files: RunFiles) -> tuple[Floats, dict[str, Floats], Floats, Floats]:
+    """The metrics as columns, sorted by step, each step once (the last line wins), null and absent as NaN."""
+    keys = ("step", "stage", "num_experts", *METRICS)
+    lists: dict[str, list[float]] = {key: [] for key in keys}
+    for line, record in numbered_records(files.metrics):
+        for key in keys:
+            value = record.get(key)
+            if value is None and key != "step":
+                value = float("nan")
+            elif not isinstance(value, int | float):
+                raise DataError(f"{files.metrics}:{line}: {key}={value!r} is not a number: remove this line")
+            lists[key].append(value)
+    if not lists["step"]:
+        raise DataError(f"{files.metrics}: empty: the run has not finished its first step, so there is nothing to show")
+    table = {key: np.array(values, dtype=np.float64) for key, values in lists.items()}
+    # The sort is stable: of several lines with one step the last written stands.
+    order = np.argsort(table["step"], kind="stable")
+    ordered = table["step"][order]
+    order = order[np.append(ordered[1:] != ordered[:-1], True)]
+    table = {key: values[order] for key, values in table.items()}
+    return table["step"], {key: table[key] for key in METRICS}, table["stage"], table["num_experts"]
+
+
+def _events(files: RunFiles) -> list[Event]:
+    """All events; those a resume took back are marked superseded (their steps were trained again)."""
+    events: list[Event] = []
+    for line, record in numbered_records(files.events):
+        step, name, details = record.get("step"), record.get("event"), record.get("details") or {}
+        if not isinstance(step, int) or not isinstance(name, str) or not isinstance(details, dict):
+            raise DataError(f"{files.events}:{line}: not an event (step, event, details): remove this line")
+        if name == "resume":
+            experts = number(details.get("num_experts"))
+            first = next((i for i, event in enumerate(events) if _taken_back(event, step, experts)), len(events))
+            events[first:] = [replace(event, superseded=True) for event in events[first:]]
+        events.append(Event(str(record.get("time", "")), step, name, details))
+    return events
+
+
+def _taken_back(event: Event, step: int, experts: float | None) -> bool:
+    """Whether resuming at `step` with `experts` experts undoes this event (and all that follow it)."""
+    if event.superseded or event.step != step:
+        return event.step > step and not event.superseded
+    grown = number(event.details.get("to_experts")) if event.name == "expansion" else None
+    return grown is not None and experts is not None and grown > experts
+
+
+def _evaluations(events: list[Event]) -> list[Evaluation]:
+    found = []
+    for event in events:
+        if event.name != "evaluation" or event.superseded:
+            continue
+        raw = event.details.get("sibling_divergence")
+        values = {key: number(raw.get(key)) for key in ("mean", "min", "max")} if isinstance(raw, dict) else {}
+        known = {key: value for key, value in values.items() if value is not None}
+        found.append(Evaluation(event.step, number(event.details.get("valid_loss")), known or None))
+    return sorted(found, key=lambda evaluation: evaluation.step)
+
+
+def _checkpoints(events: list[Event]) -> list[Event]:
+    """The last checkpoint event of each path, in order of step: one written again replaced the first."""
+    last = {str(event.details.get("path", "")): event for event in events if event.name == "checkpoint"}
+    return sorted(last.values(), key=lambda event: event.step)
+
+
+def _expansions(
+    files: RunFiles, events: list[Event], steps_S: Floats, stage_S: Floats, experts_S: Floats
+) -> list[Expansion]:
+    """One per expansion event, plus one per change of stage that has no event (a kill between the two)."""
+    plans = files.read_plans()
+    switches = [event for event in events if event.name == "expansion" and not event.superseded]
+    found = {event.step: _expansion(event.step, event.details, plans.get(event.step)) for event in switches}
+    for row in np.flatnonzero(_changed(stage_S)):
+        step, following = int(steps_S[row - 1]), int(steps_S[row])
+        if not any(step <= known < following for known in found):
+            counts = {"from_experts": float(experts_S[row - 1]), "to_experts": float(experts_S[row])}
+            found[step] = _expansion(step, counts, plans.get(step))
+    return [found[step] for step in sorted(found)]
+
+
+def _expansion(step: int, details: dict[str, Any], plan: dict[str, Any] | None) -> Expansion:
+    seconds = details.get("seconds")
+    parts = {key: number(value) for key, value in seconds.items()} if isinstance(seconds, dict) else {}
+    return Expansion(
+        step=step,
+        from_experts=int(number(details.get("from_experts")) or 0),
+        to_experts=int(number(details.get("to_experts")) or 0),
+        selection=_selection(details.get("selection")),
+        loss_before=number(details.get("valid_loss_before")),
+        loss_after=number(details.get("valid_loss_after")),
+        pause_seconds=number(details.get("pause_seconds")),
+        seconds={key: value for key, value in parts.items() if value is not None},
+        parameters_total=number(details.get("parameters_total")),
+        parameters_active=number(details.get("parameters_active")),
+        plan=plan,
+    )
+
+
+def _selection(value: object) -> str:
+    """uniform; or greedy (utility grad_norm, ...) for a selection recorded with its settings."""
+    if not isinstance(value, dict):
+        return str(value) if value is not None else "not recorded"
+    rest = ", ".join(f"{key} {item}" for key, item in value.items() if key not in ("name", "selection", "kind"))
+    name = next((str(value[key]) for key in ("name", "selection", "kind") if key in value), "")
+    return f"{name} ({rest})" if name and rest else name or rest
+
+
+def _changed(values: Floats) -> npt.NDArray[np.bool_]:
+    """True where a value differs from the one before; NaN counts as no change."""
+    changed = np.zeros(len(values), dtype=bool)
+    changed[1:] = (values[1:] != values[:-1]) & np.isfinite(values[1:]) & np.isfinite(values[:-1])
+    return changed
+
+
+def _stages(
+    steps_S: Floats,
+    columns: dict[str, Floats],
+    stage_S: Floats,
+    experts_S: Floats,
+    start: dict[str, Any],
+    expansions: list[Expansion],
+) -> list[Stage]:
+    edges = [0, *np.flatnonzero(_changed(stage_S)).tolist(), len(steps_S)]
+    stages = []
+    for i, (begin, end) in enumerate(itertools.pairwise(edges)):
+        index = int(number(float(stage_S[begin])) or 0)
+        experts = int(number(float(experts_S[begin])) or 0)
+        grown = next((x for x in reversed(expansions) if x.step < steps_S[begin]), None)
+        sizes: tuple[float | None, float | None] = (None, None)
+        if grown is not None:
+            sizes = (grown.parameters_total, grown.parameters_active)
+        # The start event knows the size of the model the job began with, which on a resume is a later stage's.
+        if sizes == (None, None) and (number(start.get("num_experts")) or 0) == experts:
+            sizes = (number(start.get("parameters_total")), number(start.get("parameters_active")))
+        tail = max(1, min(END_STEPS, round(END_SHARE * (end - begin))))
+        before = columns["tokens"][begin - 1] if i else 0.0
+        stages.append(
+            Stage(
+                index=index,
+                num_experts=experts,
+                start=begin,
+                stop=end,
+                first_step=int(steps_S[begin]),
+                last_step=int(steps_S[end - 1]),
+                tokens=number(float(columns["tokens"][end - 1] - before)),
+                parameters_total=sizes[0],
+                parameters_active=sizes[1],
+                end_loss=_mean(columns["lm_loss"][end - tail : end]),
+                end_loss_steps=tail,
+                tokens_per_second=_median(columns["tokens_per_second"][begin:end]),
+                step_seconds=_median(columns["step_seconds"][begin:end]),
+            )
+        )
+    return stages
+
+
+def _mean(values: Floats) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
+
+
+def _median(values: Floats) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None
+
+
+def _status(events: list[Event], last_step: int) -> str:
+    """How the run ended, from the last of its starts, resumes and stops."""
+    turns = [event for event in events if event.name in ("start", "resume", "stop")]
+    if not turns or turns[-1].name != "stop":
+        return f"unfinished: last recorded step {last_step:,}"
+    reason = str(turns[-1].details.get("reason", "unknown"))
+    words = {
+        "finished": "finished",
+        "requested": "stopped on request",
+        "stop_at_step": "stopped at the configured step",
+        "failed": "failed",
+    }
+    return f"{words.get(reason, f'stopped ({reason})')} at step {turns[-1].step:,}"

@@ -1,0 +1,153 @@
+"""Composes a run's settings from `configs/` and the command line, and turns Hydra's errors into one clear line.
+
+`load_settings(["model=tiny", "run.steps=20"])` returns the typed `RunSettings`. Unknown keys are refused with the nearest
+known one, wrong types with the type that was expected.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from parallel.errors import ConfigError, DataError
+from train.config import CorpusWeight, RunSettings
+from upcycle.config import StageConfig
+
+
+def register_schema() -> None:
+    """Make the typed schema known to Hydra, as the base of `configs/config.yaml`."""
+    ConfigStore.instance().store(name="schema", node=RunSettings)
+
+
+def config_groups() -> dict[str, list[str]]:
+    """The presets on disk: group name -> option names."""
+    root = Path(__file__).resolve().parent.parent / "configs"
+    return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(root.iterdir()) if any(d.glob("*.yaml"))}
+
+
+def known_keys(cls: type = RunSettings, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        kind = f.type
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(kind):
+            keys += known_keys(typing.cast(type, kind), f"{prefix}{f.name}.")
+    return keys
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _element_keys() -> list[str]:
+    """Keys inside the elements of the schema's lists, such as those of one entry of `upcycle.stages`."""
+    return [f.name for cls in (StageConfig, CorpusWeight) for f in dataclasses.fields(cls)]
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra or OmegaConf: the key, the value and the remedy."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for e in chain:
+        if isinstance(e, OmegaConfBaseException) and e.full_key:
+            key = str(e.full_key)
+            text = (e.msg or str(e)).splitlines()[0]
+            if "not in struct" in str(e) or "not in" in text and "Key" in text:
+                near = _nearest(key, known_keys()) or _nearest(key, _element_keys())
+                return f"unknown key {key}{near or '; see `python -m train --cfg job` for all keys'}"
+            return f"{key}: {text}"
+    text = " ".join(str(error).split())
+    option = re.search(r"Could not find '([\w/]+)/([^']+)'", text)
+    if option:
+        group, name = option.groups()
+        options = config_groups().get(group, [])
+        return f"{group}={name} is unknown: use one of {', '.join(options) or 'none'}{_nearest(name, options)}"
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override:
+        return f"unknown key {override.group(1)}{_nearest(override.group(1), known_keys())}"
+    return text.split(" See https")[0]
+
+
+def compose_settings(overrides: list[str]) -> Any:
+    """The merged OmegaConf tree for a list of Hydra overrides.
+
+    Raises:
+        ConfigError: for an unknown key or preset, or a value of the wrong type.
+    """
+    register_schema()
+    if GlobalHydra.instance().is_initialized():
+        GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(config_module="configs", version_base="1.3"):
+            return compose(config_name="config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(explain(e)) from None
+
+
+def to_settings(tree: Any) -> RunSettings:
+    """Turn a merged tree into the typed settings, running the checks of every group.
+
+    Raises:
+        ConfigError: for a value that is impossible, or still missing.
+    """
+    try:
+        settings = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as e:
+        raise ConfigError(explain(e)) from None
+    if not isinstance(settings, RunSettings):
+        raise TypeError(f"configs/config.yaml no longer starts from the schema: got {type(settings)}")
+    return settings
+
+
+def load_settings(overrides: list[str], world_size: int | None = None) -> RunSettings:
+    """Compose, type and check the settings of a run.
+
+    Args:
+        overrides: Hydra overrides, as on the command line.
+        world_size: processes of the job; read from WORLD_SIZE when not given.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
+    settings = to_settings(compose_settings(overrides))
+    settings.check(int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+    return settings
+
+
+def settings_to_dict(settings: RunSettings) -> dict[str, Any]:
+    """Plain dicts and lists, for `config.yaml` and checkpoints."""
+    return dataclasses.asdict(settings)
+
+
+def settings_from_dict(values: dict[str, Any]) -> RunSettings:
+    """The inverse of `settings_to_dict`, with all checks."""
+    return to_settings(OmegaConf.merge(OmegaConf.structured(RunSettings), values))
+
+
+def write_yaml(settings: RunSettings, path: Path) -> None:
+    """Write the resolved configuration.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    try:
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(settings_to_dict(settings))))
+    except OSError as e:
+        raise DataError(f"run.dir: cannot write {path}: {e.strerror}: choose another run.dir") from None
+
+

@@ -1,0 +1,159 @@
+"""One stage of a run: the model of E experts wrapped for data parallelism, its optimizer and its schedule.
+
+`build_stage` makes everything that is sized by the number of experts; an expansion throws a stage away and builds the
+next. What outlives stages (data, files, trackers) lives in `train/run.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from model.build import MoEPart, build_chunks, moe_parts
+from model.load import ExpertLoad
+from parallel.compat import reset_moe_metrics
+from parallel.layout import Layout
+from train.config import RunSettings
+
+
+@dataclass
+class Stage:
+    """A model with its optimizer and schedule, for one number of experts.
+
+    Attributes:
+        number: position in the run, from 0.
+        num_experts: experts per MoE layer; 0 for a dense model.
+        chunks: the bare GPTModel chunks of this rank (what checkpoints and expansions see).
+        wrapped: the same chunks in Float16Module and DistributedDataParallel (what trains).
+        optimizer: mcore's optimizer; a chain of two where experts are parallel.
+        scheduler: learning rate and weight decay over optimizer steps.
+        load: tokens per expert since the last reading.
+    """
+
+    number: int
+    num_experts: int
+    chunks: list[GPTModel]
+    wrapped: list[Any]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    load: ExpertLoad
+
+    def moe_parts(self) -> list[MoEPart]:
+        """MoE layers on this rank."""
+        return moe_parts(self.chunks)
+
+    def release(self) -> None:
+        """Drop every reference this object holds, so that memory is free before the next stage is built."""
+        self.load.remove()
+        self.chunks, self.wrapped = [], []
+        self.optimizer = self.scheduler = None  # type: ignore[assignment]
+
+
+def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: int) -> Stage:
+    """Build the model, DDP buffers, optimizer and schedule of stage `number`, freshly initialised.
+
+    Raises:
+        ConfigError: if mcore refuses the combination.
+    """
+    reset_moe_metrics()
+    num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
+    bf16 = settings.run.precision == "bf16"
+    chunks = build_chunks(
+        settings.model,
+        num_experts,
+        layout,
+        vocab_size=vocab_size,
+        sequence_length=settings.data.sequence_length,
+        precision=settings.run.precision,
+    )
+    config = chunks[0].config
+    options = settings.optimizer
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=options.distributed,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp,
+            module=Float16Module(config, chunk) if bf16 else chunk,
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.schedule.learning_rate,
+            min_lr=settings.schedule.min_learning_rate,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.epsilon,
+            clip_grad=options.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=options.distributed,
+            overlap_param_gather=options.overlap_param_gather,
+        ),
+        wrapped,
+    )
+    _bind(config, wrapped, optimizer, settings)
+    return Stage(
+        number=number,
+        num_experts=num_experts,
+        chunks=chunks,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=build_scheduler(settings, optimizer),
+        load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts),
+    )
+
+
+def _bind(config: Any, wrapped: list[Any], optimizer: Any, settings: RunSettings) -> None:
+    """Give mcore's schedules the functions of this stage; they hold the old stage's otherwise."""
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    config.timers = None
+    one = len(wrapped) == 1
+    if settings.optimizer.overlap_grad_reduce:
+        config.no_sync_func = wrapped[0].no_sync if one else [w.no_sync for w in wrapped]
+    if settings.optimizer.overlap_param_gather:
+        sync = [w.start_param_sync for w in wrapped]
+        config.param_sync_func = sync[0] if one else sync
+
+
+def build_scheduler(settings: RunSettings, optimizer: Any) -> OptimizerParamScheduler:
+    """mcore's schedule of learning rate and weight decay, counted in optimizer steps."""
+    schedule, steps = settings.schedule, settings.run.steps
+    wsd = schedule.style == "wsd"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=schedule.learning_rate,
+        min_lr=schedule.min_learning_rate,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style="WSD" if wsd else schedule.style,
+        start_wd=settings.optimizer.weight_decay,
+        end_wd=settings.optimizer.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=(schedule.decay_steps or max(1, steps // 10)) if wsd else None,
+        lr_wsd_decay_style="linear" if wsd else None,
+    )

@@ -1,0 +1,92 @@
+"""Forward and backward: one optimizer step, one evaluation, one scoring pass, all through mcore's schedules."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from parallel.layout import Layout
+from train.data import Batch, for_this_context_rank
+from train.stage import Stage
+
+
+def _loss(mask: torch.Tensor, layout: Layout, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Mean next-token loss of a micro-batch, in nats per token.
+
+    Args:
+        mask: [micro_batch, sequence], 1 where a token counts.
+        layout: under context parallelism each rank holds part of the sequences and returns its part of the mean.
+        output: [micro_batch, sequence] loss per token.
+    """
+    flat = mask.reshape(-1).float()
+    count = layout.sum_over(flat.sum(), layout.groups.cp)
+    loss = (output.float().reshape(-1) * flat).sum() / count
+    return loss, {"loss": loss.detach()}
+
+
+def _forward(layout: Layout, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = for_this_context_rank(next(batches), layout)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"], layout)
+
+
+def run_micro_batches(stage: Stage, layout: Layout, batches: list[Batch], *, forward_only: bool) -> torch.Tensor:
+    """Run the micro-batches of one global batch through mcore's schedule for this layout.
+
+    Args:
+        stage: the model; gradients accumulate in its DDP buffers unless `forward_only`.
+        layout: parallel layout.
+        batches: this rank's micro-batches.
+        forward_only: evaluate without gradients.
+
+    Returns:
+        Scalar: sum over this rank's micro-batches of its share of the mean loss; 0 except on the last pipeline stage of
+        tensor rank 0, so that a sum over the world, divided by micro-batches x data ranks, is the global mean.
+    """
+    # Under the interleaved schedule every chunk walks the same micro-batches by itself.
+    iterators = [iter(batches) for _ in stage.wrapped]
+    results = get_forward_backward_func()(
+        forward_step_func=partial(_forward, layout),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=stage.wrapped if len(stage.wrapped) > 1 else stage.wrapped[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0]["tokens"].shape[1],
+        micro_batch_size=batches[0]["tokens"].shape[0],
+        forward_only=forward_only,
+    )
+    total = torch.zeros((), dtype=torch.float64, device=layout.device)
+    if layout.is_last_stage and layout.groups.tp.rank() == 0:
+        for result in results:
+            total += result["loss"].double()
+    return total
+
+
+def optimizer_step(stage: Stage, layout: Layout, batches: list[Batch]) -> tuple[torch.Tensor, float]:
+    """One step of training.
+
+    Returns:
+        The rank's share of the loss (see `run_micro_batches`), and the global gradient norm before clipping.
+    """
+    for chunk in stage.wrapped:
+        chunk.zero_grad_buffer()
+    stage.optimizer.zero_grad()
+    loss = run_micro_batches(stage, layout, batches, forward_only=False)
+    _, grad_norm, _ = stage.optimizer.step()
+    stage.scheduler.step(increment=1)
+    return loss, float(grad_norm or 0.0)
+
+
+def evaluate(stage: Stage, layout: Layout, data: Any, batches: int) -> float:
+    """Validation loss in nats per token over the first `batches` global validation batches, equal on all ranks."""
+    for chunk in stage.wrapped:
+        chunk.eval()
+    total = torch.zeros((), dtype=torch.float64, device=layout.device)
+    with torch.no_grad():
+        for number in range(batches):
+            total += run_micro_batches(stage, layout, data.validation(number), forward_only=True)
+    for chunk in stage.wrapped:
+        chunk.train()
+    layout.sum_over_world(total)
+    return (total / (batches * data.micro_batches * layout.data_size)).item()

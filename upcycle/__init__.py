@@ -1,0 +1,1 @@
+"""Expert upcycling inside a running job: plan, transform, verify."""
