@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -29,8 +29,15 @@ def metadata(layout: Layout) -> dict[str, Any]:
 
 
 def model_state(chunks: list[GPTModel], layout: Layout) -> dict[str, Any]:
-    """Sharded description of the weights and persistent buffers of this rank's chunks."""
-    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata(layout)) for i, chunk in enumerate(chunks)}
+    """Sharded description of the weights and persistent buffers of this rank's chunks.
+
+    Without the extra state of linear layers: it exists for FP8 only, differs between expert modules, and is rebuilt.
+    """
+    state = {}
+    for i, chunk in enumerate(chunks):
+        full = chunk.sharded_state_dict(metadata=metadata(layout))
+        state[f"model{i}"] = {key: leaf for key, leaf in full.items() if not isinstance(leaf, ShardedObject)}
+    return state
 
 
 def optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout, *, loading: bool) -> list[Any]:
@@ -102,7 +109,10 @@ def load_tensors(
     loaded, missing, unexpected = load_sharded(request, str(directory), strict=False)
     _refuse_difference(directory, missing, unexpected, with_optimizer)
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=True)
+        left = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+        absent = [key for key in left.missing_keys if not key.endswith("_extra_state")] + left.unexpected_keys
+        if absent:
+            raise CheckpointError(f"checkpoint {directory} does not fit this model: {absent[0]} was not filled")
     if not with_optimizer:
         optimizer.reload_model_params()
         return

@@ -14,18 +14,20 @@ import difflib
 import functools
 import importlib.metadata
 import importlib.util
-import inspect
 import logging
 import os
+import pickle
 import platform
 import warnings
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.cpu_runtime import install_cpu_runtime
-from parallel.errors import CheckpointError, ConfigError, LaunchError
+from parallel.errors import CheckpointError, ConfigError
 
 Config = TypeVar("Config")
 
@@ -64,10 +66,8 @@ def prepare_megatron() -> None:
     """Makes mcore usable in this process: CPU runtime where there is no CUDA, an upstream bug bridged, less noise.
 
     Raises:
-        LaunchError: a package that mcore needs but does not require is missing.
+        LaunchError: this mcore version cannot run on CPU (see `install_cpu_runtime`).
     """
-    if importlib.util.find_spec("psutil") is None:
-        raise LaunchError("package psutil is missing, and megatron-core cannot write a checkpoint without it: install it")
     quiet_megatron()
     if not torch.cuda.is_available():
         install_cpu_runtime()
@@ -167,6 +167,32 @@ def make_transformer_config(cls: type[Config], **fields: Any) -> Config:
         raise ConfigError(f"megatron-core refuses this model: {error}") from error
 
 
+@functools.cache
+def _synchronous_strategy() -> Any:
+    """mcore's torch_dist format, written by torch's own checkpoint writer in this process.
+
+    mcore's writer is made for asynchronous saves: it starts a multiprocessing manager per rank (3 s of imports at the
+    first save, left behind if the rank is killed), 0.16.1 forks a process per file, and both need psutil.
+    """
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreSavePlanner,
+        TorchDistSaveShardedStrategy,
+        _replace_state_dict_keys_with_sharded_keys,
+        mcore_to_pyt_state_dict,
+    )
+
+    class SynchronousSave(TorchDistSaveShardedStrategy):
+        def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
+            by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+            torch.distributed.checkpoint.save(
+                mcore_to_pyt_state_dict(by_key, False),
+                storage_writer=torch.distributed.checkpoint.FileSystemWriter(checkpoint_dir),
+                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            )
+
+    return SynchronousSave("torch_dist", 1)
+
+
 def save_sharded(
     sharded_state_dict: dict[str, Any],
     directory: str,
@@ -176,71 +202,145 @@ def save_sharded(
     """Writes a sharded state dict as a torch_dist checkpoint; returns when all ranks have written.
 
     Args:
-        sharded_state_dict: mcore `ShardedTensor`s (and plain values, equal on all ranks). Same keys on all ranks.
-        directory: where to write; created if need be, must be empty.
-        parallel_group: data-parallel group over which replicated tensors are shared out for writing; None writes
-            each tensor on its main replica.
+        sharded_state_dict: `ShardedTensor`s and `ShardedObject`s of mcore, and plain values (rank 0's are written).
+        directory: where to write, on storage that all ranks see; created if need be. What is in it is overwritten.
+        parallel_group: data-parallel group that shares out the writing of what its ranks hold alike; without one
+            the main replica of each tensor writes it.
+
+    Raises:
+        CheckpointError: on all ranks, if the shards of some tensor do not fit together or a rank cannot write.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    os.makedirs(directory, exist_ok=True)
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    sharded, plain = save_preprocess(sharded_state_dict, False)
+    _check_shards(sharded, directory)
+    strategy = _synchronous_strategy()
     if parallel_group is not None:
         strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
-    options = {}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        options["async_strategy"] = "mcore"  # the default needs nvidia-resiliency-ext
-    dist_checkpointing.save(sharded_state_dict, directory, strategy, **options)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        dist_checkpointing.save(sharded | plain, directory, strategy, validate_access_integrity=False)
+    except (OSError, torch.distributed.checkpoint.CheckpointException) as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
+
+
+def _check_shards(sharded: dict[str, Any], directory: str) -> None:
+    """Raises on all ranks if the main replicas do not cover every tensor exactly once; mcore raises on rank 0 only."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+
+    problem: list[str | None] = [None]
+    _, everyones = determine_global_metadata(sharded)
+    try:
+        validate_sharding_integrity(everyones)
+    except CheckpointingException as error:
+        problem = [str(error)]
+    torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise CheckpointError(f"checkpoint {directory} cannot be written: {problem[0]}")
 
 
 def load_sharded(
     sharded_state_dict: dict[str, Any], directory: str, *, strict: bool = True
 ) -> tuple[dict[str, Any], set[str], set[str]]:
-    """Loads what a sharded state dict asks for from a torch_dist checkpoint, at any layout.
+    """Loads what a sharded state dict asks for from a torch_dist checkpoint, whatever the layout that wrote it.
 
     Args:
-        sharded_state_dict: mcore `ShardedTensor`s to fill; the tensors in it are filled in place.
+        sharded_state_dict: `ShardedTensor`s and `ShardedObject`s of mcore; the tensors in it are filled in place.
         directory: a checkpoint written by `save_sharded`.
-        strict: raise if a key is asked for and not stored.
+        strict: raise if a key is asked for and not stored; otherwise the result lacks it.
 
     Returns:
-        The loaded state dict; keys asked for that the checkpoint lacks (missing); stored keys not asked for
-        (unexpected).
+        The loaded state dict; keys asked for by any rank and not stored (missing); keys stored and asked for by none
+        (unexpected). The sets are the same on all ranks.
 
     Raises:
-        CheckpointError: the directory holds no checkpoint, or (strict) a key is missing.
+        CheckpointError: on all ranks, if there is no checkpoint, it cannot be read, a tensor in it has another shape,
+            or (strict) a key is missing.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 
-    try:
-        # mcore counts from the checkpoint's side: its 'missing' are stored keys that were not asked for.
-        state, not_asked, not_stored = dist_checkpointing.load(
-            sharded_state_dict, directory, strict=StrictHandling.RETURN_ALL
-        )
-    except CheckpointingException as error:
-        raise CheckpointError(f"checkpoint {directory} cannot be loaded: {error}") from error
-    if strict and not_stored:
+    stored = _stored_shapes(directory)
+    asked: dict[str, tuple[int, ...] | None] = {}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, _asked_shapes(sharded_state_dict))
+    for of_rank in gathered:
+        asked |= of_rank
+    missing, unexpected = asked.keys() - stored.keys(), stored.keys() - asked.keys()
+    if strict and missing:
         raise CheckpointError(
-            f"checkpoint {directory} lacks {len(not_stored)} keys of this model, first {min(not_stored)}"
+            f"checkpoint {directory} lacks {len(missing)} of {len(asked)} keys that this model needs, "
+            f"first {min(missing)}: it is of another model, or was saved without that part"
         )
-    return state, not_stored, not_asked
+    for key in sorted(asked.keys() & stored.keys()):
+        if asked[key] is not None and stored[key] is not None and asked[key] != stored[key]:
+            raise CheckpointError(f"checkpoint {directory} has {key} of shape {stored[key]}, this model {asked[key]}")
+    if missing:
+        _, sharded_state_dict = extract_matching_values(
+            sharded_state_dict, lambda leaf: bool(_shapes_of(leaf).keys() & missing)
+        )
+    try:
+        state = dist_checkpointing.load(sharded_state_dict, directory)
+    except (CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+    return state, missing, unexpected
+
+
+def _asked_shapes(sharded_state_dict: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Global shapes of what this rank asks for, by key; None where any shape is accepted."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    return {key: shape for leaf in nested_values(sharded_state_dict) for key, shape in _shapes_of(leaf).items()}
+
+
+def _shapes_of(leaf: Any) -> dict[str, tuple[int, ...] | None]:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+
+    if isinstance(leaf, ShardedTensorFactory):  # stands for several tensors, built when needed
+        return _asked_shapes({"built": leaf.build()})
+    if isinstance(leaf, ShardedTensor):
+        return {leaf.key: None if leaf.allow_shape_mismatch else tuple(leaf.global_shape)}
+    return {leaf.key: None} if isinstance(leaf, ShardedObject) else {}
+
+
+def _read_metadata(directory: str) -> dict[str, Any]:
+    """What a checkpoint says of its contents. mcore's own reader fails on torch 2.15, whose tensors have one field more.
+
+    The empty file `metadata.json` next to it is mcore's mark that the checkpoint is complete.
+    """
+    if not os.path.isfile(os.path.join(directory, "metadata.json")):
+        raise CheckpointError(f"{directory} holds no complete checkpoint (metadata.json is missing)")
+    try:
+        return torch.distributed.checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+
+
+def _stored_shapes(directory: str) -> dict[str, tuple[int, ...] | None]:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for key, stored in _read_metadata(directory).items():
+        if isinstance(stored, TensorStorageMetadata):
+            shapes[key] = tuple(stored.size)
+        else:
+            shapes[ShardedObject.empty_from_unique_key(key).key] = None
+    shapes.pop("common_state", None)  # where 0.19 keeps the plain values
+    return shapes
 
 
 def checkpoint_tensors(directory: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Global shape and dtype of every tensor in a torch_dist checkpoint, without reading the tensors.
 
     Raises:
-        CheckpointError: the directory holds no checkpoint.
+        CheckpointError: the directory holds no complete checkpoint.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    try:
-        metadata = dist_checkpointing.load_tensors_metadata(directory)
-    except CheckpointingException as error:
-        raise CheckpointError(f"{directory} is not a checkpoint: {error}") from error
-    return {key: (tuple(tensor.global_shape), tensor.dtype) for key, tensor in metadata.items()}
+    return {
+        key: (tuple(stored.size), stored.properties.dtype)
+        for key, stored in _read_metadata(directory).items()
+        if isinstance(stored, TensorStorageMetadata)
+    }

@@ -19,6 +19,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -156,8 +157,10 @@ _installed: _CudaMeansCpu | None = None
 
 
 def disable_compile() -> None:
-    """Switches torch.compile off: mcore wraps functions with it, and on CPU that needs a C++ compiler and seconds."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    """Switches torch.compile off: mcore wraps small functions with it, and the first call costs a C++ compiler 20 s."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when a function is wrapped, that is when mcore is imported
+    if "megatron.core" in sys.modules:
+        torch.compiler.set_stance("force_eager")  # too late for the variable
 
 
 def _drop_rng_warning(record: logging.LogRecord) -> bool:

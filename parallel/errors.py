@@ -9,8 +9,8 @@ class CoppiceError(Exception):
     """Base of all errors that tell a user what to change."""
 
     exit_code = 1
-    # Set where another rank already prints the cause, so that it appears once.
-    quiet = False
+    # Whether this process prints the error; None leaves it to rank 0, which is right where every rank fails alike.
+    speaks: bool | None = None
 
 
 class ConfigError(CoppiceError):

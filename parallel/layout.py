@@ -198,14 +198,17 @@ class Layout:
             yield
         except Exception as e:
             failure = e
-        told = self.gather_objects(None if failure is None else (type(failure).__name__, str(failure)))
+        code = failure.exit_code if isinstance(failure, CoppiceError) else 1
+        told = self.gather_objects(None if failure is None else (str(failure), code))
+        failed = [rank for rank, message in enumerate(told) if message is not None]
         if failure is not None:
+            if isinstance(failure, CoppiceError):
+                failure.speaks = self.rank == failed[0]
             raise failure
-        for rank, message in enumerate(told):
-            if message is not None:
-                error = CoppiceError(f"{what} failed on rank {rank}: {message[1]}")
-                error.quiet = True
-                raise error
+        if failed:
+            error = CoppiceError(f"{what} failed on rank {failed[0]}: {told[failed[0]][0]}")
+            error.speaks, error.exit_code = False, told[failed[0]][1]
+            raise error
 
 
 def leave_job() -> None:

@@ -95,8 +95,10 @@ def get_step(optimizer: Any) -> int:
     """
     steps = set()
     for single in chained(optimizer):
-        steps |= {int(s["step"]) for s in single.optimizer.state.values() if "step" in s}
-        steps |= {int(g["step"]) for g in single.optimizer.param_groups if "step" in g and g["params"]}
+        if _keeps_step_per_parameter(single):
+            steps |= {int(s["step"]) for s in single.optimizer.state.values() if "step" in s}
+        else:
+            steps |= {int(g["step"]) for g in single.optimizer.param_groups if "step" in g and g["params"]}
     if len(steps) > 1:
         raise CheckpointError(f"optimizer parameters disagree on Adam's step count: {sorted(steps)}")
     return steps.pop() if steps else 0
@@ -105,15 +107,19 @@ def get_step(optimizer: Any) -> int:
 def set_step(optimizer: Any, step: int) -> None:
     """Set Adam's step count. Each parameter gets its own tensor: torch advances a shared one once per parameter."""
     for single in chained(optimizer):
-        for state in single.optimizer.state.values():
-            if torch.is_tensor(state.get("step")) or ("step" not in state and _keeps_step_per_parameter(single)):
+        if _keeps_step_per_parameter(single):
+            for state in single.optimizer.state.values():
                 state["step"] = torch.tensor(float(step))
         for group in single.optimizer.param_groups:
-            if "step" in group:
+            if _keeps_step_per_parameter(single):
+                # Left behind by mcore's state_dict; nothing advances it.
+                group.pop("step", None)
+            else:
                 group["step"] = step
 
 
 def _keeps_step_per_parameter(single: Any) -> bool:
+    """torch's Adam counts per parameter, Transformer Engine's and Apex's per parameter group."""
     return isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 

@@ -44,7 +44,7 @@ class Manifest:
     fingerprints: dict[str, list[int]]
     # Checkpoint keys that run over experts.
     experts: dict[str, dict[str, Any]]
-    # Segments of the training stream, tokenizer and corpora.
+    # Samples consumed, segments of the training stream, fingerprints of the corpora.
     data: dict[str, Any]
     scheduler: dict[str, Any]
     # Plans of all expansions so far, oldest first.

@@ -105,7 +105,8 @@ class BuildResult:
 class _Progress:
     """Plain lines, one every few seconds."""
 
-    def __init__(self, say: Say, total_bytes: int) -> None:
+    def __init__(self, say: Say, documents: int, total_bytes: int) -> None:
+        say(f"tokenizing {documents:,} documents, {total_bytes / 1e6:,.1f} MB")
         self._say, self._total_bytes = say, total_bytes
         self._start = self._last = time.monotonic()
         self._done_bytes = self._documents = 0
@@ -150,9 +151,11 @@ def build_corpus(request: CorpusRequest, say: Say = lambda line: None) -> BuildR
             return reread_documents(sources, request.text_key, sizes, codes)
 
         tokenizer = _stage_tokenizer(request, tokenizer, chosen(), staging / f"tokenizer{suffix}", say)
-        progress = _Progress(say, int(sizes[codes != LEFT_OUT].sum()))
-        writers = _write_splits(chosen(), tokenizer, staging, request.workers, progress)
-        staged = {f".{name}{end}": staging / f"{name}{end}" for name in writers for end in (".bin", ".idx")}
+        prefixes = {code: staging / name for code, name in SPLIT_NAMES.items() if (codes == code).any()}
+        writers = {code: SplitWriter(path, tokenizer.eod, tokenizer.vocab_size) for code, path in prefixes.items()}
+        progress = _Progress(say, int((codes != LEFT_OUT).sum()), int(sizes[codes != LEFT_OUT].sum()))
+        _write_splits(chosen(), tokenizer, writers, request.workers, progress)
+        staged = {f".{path.name}{end}": Path(f"{path}{end}") for path in prefixes.values() for end in (".bin", ".idx")}
         manifest = staging / "manifest.json"
         mark = fingerprint(staged, tokenizer)
         manifest.write_text(json.dumps(_record(request, tokenizer, suffix, writers, mark), indent=2) + "\n")
@@ -207,18 +210,18 @@ def _stage_tokenizer(
 
 
 def _write_splits(
-    documents: Iterator[tuple[int, Document]], tokenizer: Tokenizer, staging: Path, workers: int, progress: _Progress
-) -> dict[str, SplitWriter]:
-    """The second pass: tokenizes batch by batch and writes the splits that have documents; split name -> writer."""
-    writers: dict[str, SplitWriter] = {}
+    documents: Iterator[tuple[int, Document]],
+    tokenizer: Tokenizer,
+    writers: dict[int, SplitWriter],
+    workers: int,
+    progress: _Progress,
+) -> None:
+    """The second pass: tokenizes batch by batch and gives every document to the writer of its split."""
 
     def write(batch: list[tuple[int, Document]]) -> None:
         encoded = tokenizer.encode_batch([document.text for _, document in batch], workers)
         for (code, document), ids in zip(batch, encoded, strict=True):
-            name = SPLIT_NAMES[code]
-            if name not in writers:
-                writers[name] = SplitWriter(staging / name, tokenizer.eod, tokenizer.vocab_size)
-            writers[name].add(ids, document.bytes)
+            writers[code].add(ids, document.bytes)
         progress.add(len(batch), sum(document.bytes for _, document in batch))
 
     try:
@@ -237,16 +240,15 @@ def _write_splits(
         for writer in writers.values():
             writer.abandon()
         raise
-    return writers
 
 
 def _record(
-    request: CorpusRequest, tokenizer: Tokenizer, suffix: str, writers: dict[str, SplitWriter], mark: str
+    request: CorpusRequest, tokenizer: Tokenizer, suffix: str, writers: dict[int, SplitWriter], mark: str
 ) -> dict[str, Any]:
     """The manifest's content."""
     counts = {
-        name: {key: getattr(writers[name], key) if name in writers else 0 for key in ("documents", "tokens", "bytes")}
-        for name in SPLIT_NAMES.values()
+        name: {key: getattr(writers[code], key) if code in writers else 0 for key in ("documents", "tokens", "bytes")}
+        for code, name in SPLIT_NAMES.items()
     }
     return {
         "format": FORMAT,

@@ -40,10 +40,11 @@ def open_corpora(config: DataConfig) -> list[tuple[CorpusWeight, CorpusManifest]
     Raises:
         DataError: if one is missing or empty, is shorter than a sample, or uses another tokenizer than the first.
     """
-    corpora = [(part, load_manifest(Path(part.prefix))) for part in config.corpora()]
+    keys = ["data.corpus"] if config.corpus else [f"data.blend[{i}].prefix" for i in range(len(config.blend))]
+    corpora = [(part, load_manifest(part.prefix, key)) for part, key in zip(config.corpora(), keys, strict=True)]
     first = corpora[0][1]
     for part, manifest in corpora:
-        if (manifest.tokenizer_spec, manifest.vocab_size) != (first.tokenizer_spec, first.vocab_size):
+        if manifest.tokenizer_digest != first.tokenizer_digest:
             raise DataError(
                 f"data.blend: corpus {part.prefix} uses tokenizer {manifest.tokenizer_spec}, {corpora[0][0].prefix} "
                 f"uses {first.tokenizer_spec}: build both with one tokenizer"
@@ -159,22 +160,27 @@ class DataStream:
             batches.append({k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in keys})
         return batches
 
-    def step(self, step: int, read_ahead: bool = True) -> list[Batch]:
-        """Micro-batches of optimizer step `step` (from 0), each tensor [micro_batch, sequence].
+    def train(self, first: int) -> list[Batch]:
+        """Micro-batches of the global batch that starts at sample `first`, each tensor [micro_batch, sequence].
+
+        The batch after it is read in the background meanwhile.
 
         Args:
-            step: number of optimizer steps already done.
-            read_ahead: start reading the following step in the background.
+            first: samples consumed so far.
         """
-        if self._ahead is not None and self._ahead[0] == step:
+        if self._ahead is not None and self._ahead[0] == first:
             batches = self._ahead[1].result()
         else:
-            batches = self._read(step * self.config.global_batch_size, "train")
+            batches = self._read(first, "train")
         self._ahead = None
-        following = (step + 1) * self.config.global_batch_size
-        if read_ahead and following + self.config.global_batch_size <= sum(s.samples for s in self.segments):
-            self._ahead = (step + 1, self._reader.submit(self._read, following, "train"))
+        following = first + self.config.global_batch_size
+        if following + self.config.global_batch_size <= sum(s.samples for s in self.segments):
+            self._ahead = (following, self._reader.submit(self._read, following, "train"))
         return batches
+
+    def peek(self, first: int) -> list[Batch]:
+        """Like `train`, for a look at batches that are not consumed: what was read ahead stays."""
+        return self._read(first, "train")
 
     def validation(self, number: int) -> list[Batch]:
         """Micro-batches of global validation batch `number`; the same ones at every evaluation."""

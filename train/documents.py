@@ -73,6 +73,8 @@ def find_sources(inputs: Sequence[str], include: Sequence[str]) -> tuple[list[So
         root = Path(sysconfig.get_paths()["stdlib"]) if entry == STDLIB else Path(entry)
         if not root.exists():
             raise DataError(f"INPUT {entry}: no such file or folder")
+        if not root.is_dir() and not root.is_file():
+            raise DataError(f"INPUT {entry}: neither a file nor a folder (files are read twice): write it to a file first")
         label = STDLIB if entry == STDLIB else root.resolve().name
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:  # a/part.jsonl and b/part.jsonl must not share document names
@@ -127,6 +129,7 @@ def read_documents(sources: Iterable[Source], text_key: str) -> Iterator[Documen
                             yield _document(f"{source.name}:{number}", text, f"{source.path}:{number}")
                         offset += len(line)
                 else:
+                    _refuse_long(os.fstat(stream.fileno()).st_size, str(source.path))  # before it fills the memory
                     yield _document(source.name, _decode(stream.read(), source.path, 0), str(source.path))
         except OSError as error:
             raise DataError(f"cannot read {source.path}: {error.strerror}") from error
@@ -171,9 +174,16 @@ def _document(name: str, text: str, place: str) -> Document:
         raise DataError(
             f"{place}: character {error.start} of the text is a lone surrogate, not Unicode text"
         ) from error
-    if size > LONGEST_DOCUMENT_BYTES:
-        raise DataError(f"{place}: a document of {size} bytes; the limit is {LONGEST_DOCUMENT_BYTES}: split it")
+    _refuse_long(size, place)
     return Document(name, text, size)
+
+
+def _refuse_long(size_bytes: int, place: str) -> None:
+    if size_bytes > LONGEST_DOCUMENT_BYTES:
+        raise DataError(
+            f"{place}: a document of {size_bytes} bytes, the format takes {LONGEST_DOCUMENT_BYTES}: split it into "
+            "several files or JSONL lines"
+        )
 
 
 def scan(documents: Iterable[Document], seed: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

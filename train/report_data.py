@@ -33,6 +33,8 @@ METRICS = (
     "expert_load_entropy",
     "dead_experts",
 )
+# Where an evaluation of the new model lies behind the step of the switch: after the line at + 0.5, before the next step.
+BEHIND = 0.75
 # Share of a stage averaged for "training loss at its end", and the most steps that may be.
 END_SHARE, END_STEPS = 0.05, 100
 
@@ -50,9 +52,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One validation: mean loss in nats per token, and how far replicas of one parent have moved apart."""
+    """One validation: mean loss in nats per token, and how far replicas of one parent have moved apart.
+
+    `position` is where it lies on a step axis: its step, or just behind the switch for one that measured its outcome.
+    """
 
     step: int
+    position: float
     valid_loss: float | None
     divergence: dict[str, float] | None
 
@@ -69,8 +75,6 @@ class Expansion:
     loss_after: float | None
     pause_seconds: float | None
     seconds: dict[str, float]
-    parameters_total: float | None
-    parameters_active: float | None
     plan: dict[str, Any] | None
 
     @property
@@ -157,7 +161,7 @@ def load_run(run_dir: Path) -> RunRecord:
         files=files,
         steps_S=steps_S,
         columns=columns,
-        stages=_stages(steps_S, columns, stage_S, experts_S, start, expansions),
+        stages=_stages(steps_S, columns, stage_S, experts_S, _sizes(events)),
         expansions=expansions,
         evaluations=_evaluations(events),
         events=events,
@@ -222,20 +226,43 @@ def _taken_back(event: Event, step: int, experts: float | None) -> bool:
     return grown is not None and experts is not None and grown > experts
 
 
-def _evaluations(events: list[Event]) -> list[Evaluation]:
-    found = []
+def _sizes(events: list[Event]) -> dict[int, tuple[float | None, float | None]]:
+    """Parameters, total and active, by number of experts, from each start and each expansion that recorded them."""
+    sizes: dict[int, tuple[float | None, float | None]] = {}
     for event in events:
-        if event.name != "evaluation" or event.superseded:
+        experts = number(event.details.get({"start": "num_experts", "expansion": "to_experts"}.get(event.name, "")))
+        total, active = (number(event.details.get(f"parameters_{key}")) for key in ("total", "active"))
+        if event.name in ("start", "expansion") and total is not None:
+            sizes[int(experts or 0)] = (total, active)
+    return sizes
+
+
+def _evaluations(events: list[Event]) -> list[Evaluation]:
+    """The evaluations by position. The trainer writes the one that follows a switch just before the expansion event."""
+    found: dict[float, Evaluation] = {}
+    grown_at: int | None = None
+    for event in events:
+        if event.superseded:
             continue
-        raw = event.details.get("sibling_divergence")
-        values = {key: number(raw.get(key)) for key in ("mean", "min", "max")} if isinstance(raw, dict) else {}
-        known = {key: value for key, value in values.items() if value is not None}
-        found.append(Evaluation(event.step, number(event.details.get("valid_loss")), known or None))
-    return sorted(found, key=lambda evaluation: evaluation.step)
+        if event.name == "evaluation":
+            raw = event.details.get("sibling_divergence")
+            values = {key: number(raw.get(key)) for key in ("mean", "min", "max")} if isinstance(raw, dict) else {}
+            known = {key: value for key, value in values.items() if value is not None}
+            position = event.step + (BEHIND if event.step == grown_at else 0.0)
+            # Of several at one position the last stands: a restarted run repeats them.
+            found[position] = Evaluation(event.step, position, number(event.details.get("valid_loss")), known or None)
+        elif event.name == "expansion":
+            grown_at = event.step
+            before, after = (number(event.details.get(f"valid_loss_{key}")) for key in ("before", "after"))
+            last = found.get(event.step)
+            if last is not None and after is not None and last.valid_loss == after:
+                found[event.step + BEHIND] = replace(last, position=event.step + BEHIND)
+                found[event.step] = Evaluation(event.step, event.step, before, None)
+    return [found[position] for position in sorted(found)]
 
 
 def _checkpoints(events: list[Event]) -> list[Event]:
-    """The last checkpoint event of each path, in order of step: one written again replaced the first."""
+    """The last checkpoint event of each path, by step: one written again replaced the first."""
     last = {str(event.details.get("path", "")): event for event in events if event.name == "checkpoint"}
     return sorted(last.values(), key=lambda event: event.step)
 
@@ -262,23 +289,24 @@ def _expansion(step: int, details: dict[str, Any], plan: dict[str, Any] | None) 
         step=step,
         from_experts=int(number(details.get("from_experts")) or 0),
         to_experts=int(number(details.get("to_experts")) or 0),
-        selection=_selection(details.get("selection")),
+        selection=selection_text(details.get("selection")),
         loss_before=number(details.get("valid_loss_before")),
         loss_after=number(details.get("valid_loss_after")),
         pause_seconds=number(details.get("pause_seconds")),
         seconds={key: value for key, value in parts.items() if value is not None},
-        parameters_total=number(details.get("parameters_total")),
-        parameters_active=number(details.get("parameters_active")),
         plan=plan,
     )
 
 
-def _selection(value: object) -> str:
+_RULE_KEYS = ("rule", "name")
+
+
+def selection_text(value: object) -> str:
     """uniform; or greedy (utility grad_norm, ...) for a selection recorded with its settings."""
     if not isinstance(value, dict):
         return str(value) if value is not None else "not recorded"
-    rest = ", ".join(f"{key} {item}" for key, item in value.items() if key not in ("name", "selection", "kind"))
-    name = next((str(value[key]) for key in ("name", "selection", "kind") if key in value), "")
+    rest = ", ".join(f"{key} {item}" for key, item in value.items() if key not in _RULE_KEYS)
+    name = next((str(value[key]) for key in _RULE_KEYS if key in value), "")
     return f"{name} ({rest})" if name and rest else name or rest
 
 
@@ -294,34 +322,26 @@ def _stages(
     columns: dict[str, Floats],
     stage_S: Floats,
     experts_S: Floats,
-    start: dict[str, Any],
-    expansions: list[Expansion],
+    sizes: dict[int, tuple[float | None, float | None]],
 ) -> list[Stage]:
     edges = [0, *np.flatnonzero(_changed(stage_S)).tolist(), len(steps_S)]
     stages = []
     for i, (begin, end) in enumerate(itertools.pairwise(edges)):
-        index = int(number(float(stage_S[begin])) or 0)
         experts = int(number(float(experts_S[begin])) or 0)
-        grown = next((x for x in reversed(expansions) if x.step < steps_S[begin]), None)
-        sizes: tuple[float | None, float | None] = (None, None)
-        if grown is not None:
-            sizes = (grown.parameters_total, grown.parameters_active)
-        # The start event knows the size of the model the job began with, which on a resume is a later stage's.
-        if sizes == (None, None) and (number(start.get("num_experts")) or 0) == experts:
-            sizes = (number(start.get("parameters_total")), number(start.get("parameters_active")))
+        total, active = sizes.get(experts, (None, None))
         tail = max(1, min(END_STEPS, round(END_SHARE * (end - begin))))
         before = columns["tokens"][begin - 1] if i else 0.0
         stages.append(
             Stage(
-                index=index,
+                index=int(number(float(stage_S[begin])) or 0),
                 num_experts=experts,
                 start=begin,
                 stop=end,
                 first_step=int(steps_S[begin]),
                 last_step=int(steps_S[end - 1]),
                 tokens=number(float(columns["tokens"][end - 1] - before)),
-                parameters_total=sizes[0],
-                parameters_active=sizes[1],
+                parameters_total=total,
+                parameters_active=active,
                 end_loss=_mean(columns["lm_loss"][end - tail : end]),
                 end_loss_steps=tail,
                 tokens_per_second=_median(columns["tokens_per_second"][begin:end]),

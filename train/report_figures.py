@@ -84,31 +84,39 @@ def _loss(record: RunRecord, canvas: Canvas) -> Any:
     mark_expansions(axis, record.expansions, labels=True)
     token_axis(axis, record, canvas)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="upper right")
+        # Outside the axes, where no curve and no label of a switch can lie under it.
+        figure.legend(
+            *axis.get_legend_handles_labels(),
+            loc="outside upper left",
+            ncols=2 if canvas.narrow else 3,
+            handlelength=1.6,
+            columnspacing=1.4,
+        )
     for i, expansion in enumerate(zooms):
-        _zoom(figure.add_subplot(grid[1 + i // columns, i % columns]), record, expansion, len(zooms) > 1)
+        place = figure.add_subplot(grid[1 + i // columns, i % columns])
+        _zoom(place, record, expansion, columns > 1 or canvas.narrow, i % columns == 0)
     return figure
 
 
 def _validations(record: RunRecord) -> tuple[Floats, Floats]:
     """Validation losses with a gap at each switch, so that no line joins two models."""
-    points = [(float(e.step), e.valid_loss) for e in record.evaluations if e.valid_loss is not None]
+    points = [(e.position, e.valid_loss) for e in record.evaluations if e.valid_loss is not None]
     if points:
         points += [(expansion.position, float("nan")) for expansion in record.expansions]
     points.sort(key=lambda point: point[0])
     return np.array([x for x, _ in points]), np.array([y for _, y in points], dtype=np.float64)
 
 
-def _zoom(axis: Any, record: RunRecord, expansion: Expansion, several: bool) -> None:
+def _zoom(axis: Any, record: RunRecord, expansion: Expansion, small: bool, first_in_row: bool) -> None:
     half = _zoom_half_width(record)
     low, high = expansion.position - half, expansion.position + half
     smooth = curve(axis, record, "lm_loss", inside=(low, high))
     before, after = expansion.loss_before, expansion.loss_after
     hollow = {"color": SECOND, "markerfacecolor": "white", "markersize": 7.5, "markeredgewidth": 1.5, "zorder": 6}
     if before is not None:
-        axis.plot(expansion.position, before, "o", label="validation before", **hollow)
+        axis.plot(expansion.position, before, "o", label="validation, before", **hollow)
     if after is not None:
-        axis.plot(expansion.position, after, "x", color=INK, markersize=6, label="right after", zorder=7)
+        axis.plot(expansion.position, after, "x", color=INK, markersize=6, label="validation, right after", zorder=7)
     mark_expansions(axis, [expansion])
     seen = (record.steps_S >= low) & (record.steps_S <= high)
     raw = record.columns["lm_loss"][seen]
@@ -116,9 +124,10 @@ def _zoom(axis: Any, record: RunRecord, expansion: Expansion, several: bool) -> 
     known = np.array([value for value in (before, after) if value is not None])
     set_limits(axis, smooth[seen], np.quantile(raw, [0.01, 0.99]) if len(raw) else raw, known)
     axis.set_xlim(low, high)
-    step_ticks(axis, 4 if several else 8)
+    step_ticks(axis, 4 if small else 8)
     axis.set_xlabel("step")
-    axis.set_ylabel("loss (nats per token)")
+    if first_in_row:
+        axis.set_ylabel("loss (nats per token)")
     axis.set_title(f"{expansion.from_experts} {ARROW} {expansion.to_experts} experts after step {expansion.step:,}")
     if len(known):
         axis.legend(loc="best")
@@ -183,36 +192,39 @@ def _balance_caption(record: RunRecord) -> str:
     return (
         "Load is the number of top-K choices that fell on an expert in one step. Busiest and idlest: the highest and "
         "the lowest load of any expert in any layer, divided by the mean load of its layer (no unit; 1 = even). "
-        "Entropy: that of the shares of a layer divided by log E, mean over layers (no unit; 1 = even, 0 = all on one expert). "
-        "Dead experts: how many (layer, expert) pairs got no token in the step. Dotted: the neutral value."
+        "Entropy: that of the shares of a layer divided by log E, mean over layers (no unit; 1 = even, 0 = all on one "
+        "expert). Dead experts: how many (layer, expert) pairs got no token in the step. Dotted: the neutral value."
     )
 
 
 def _divergence(record: RunRecord, canvas: Canvas) -> Any:
-    figure = new_figure(canvas, 2.4)
+    figure = new_figure(canvas, 2.5)
     axis = figure.subplots()
-    points = [(e.step, e.divergence) for e in record.evaluations if e.divergence]
-    steps = np.array([step for step, _ in points], dtype=np.float64)
-    values = {
-        key: np.array([found.get(key, np.nan) for _, found in points], dtype=np.float64)
-        for key in ("mean", "min", "max")
-    }
-    axis.fill_between(steps, values["min"], values["max"], color="#dfe6e1", linewidth=0, label="smallest to largest")
-    axis.plot(steps, values["mean"], color=SMOOTH, marker="o", markersize=3.5, linewidth=1.4, label="mean")
-    for key, style in (("min", ":"), ("max", "--")):
-        axis.plot(steps, values[key], color=INK, linewidth=0.8, linestyle=style)
+    # A gap at each switch: no line should join new families to the old ones.
+    points: list[tuple[float, dict[str, float]]] = [(expansion.position, {}) for expansion in record.expansions]
+    points += [(e.position, e.divergence) for e in record.evaluations if e.divergence]
+    points.sort(key=lambda point: point[0])
+    steps = np.array([step for step, _ in points])
+    lows, means, highs = (
+        np.array([values.get(key, np.nan) for _, values in points], dtype=np.float64) for key in ("min", "mean", "max")
+    )
+    axis.fill_between(steps, lows, highs, color="#dfe6e1", linewidth=0)
+    axis.plot(steps, highs, color=INK, linewidth=0.8, linestyle="--", label="largest")
+    axis.plot(steps, means, color=SMOOTH, marker="o", markersize=3.5, linewidth=1.4, label="mean")
+    axis.plot(steps, lows, color=INK, linewidth=0.8, linestyle=":", label="smallest")
     axis.set_ylim(bottom=0.0)
     axis.set_ylabel("divergence")
     step_axis(axis, record, canvas)
     mark_expansions(axis, record.expansions, labels=True)
-    axis.legend(loc="best")
+    figure.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.4)
     return figure
 
 
 def _divergence_caption(record: RunRecord) -> str:
     return (
-        "How far the replicas of one parent have moved apart, measured at each evaluation: mean over all families "
-        "(dots), smallest (dotted) and largest (dashed). No unit; 0 means that replicas are still exact copies, so a "
+        "How far replicas have moved apart, at each evaluation: 1 - cosine between the weights of a replica and those of "
+        "the first expert of its family, estimated on a fixed random sample of coordinates; mean over all replicas of "
+        "all layers (line with dots), smallest (dotted) and largest (dashed). No unit; 0 means still exact copies, so a "
         "curve that leaves 0 shows that new experts learn something of their own."
     )
 
@@ -221,15 +233,13 @@ def _optimizer(record: RunRecord, canvas: Canvas) -> Any:
     panels = [c for c in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")) if record.has(c[0])]
     figure = new_figure(canvas, 0.2 + 1.9 * len(panels))
     for axis, (column, title) in zip(figure.subplots(len(panels), 1, squeeze=False).ravel(), panels, strict=True):
-        smooth = curve(axis, record, column)
+        means = curve(axis, record, column, smooth=column == "grad_norm")
+        values = record.columns[column]
+        # Room for ordinary noise; a lone spike leaves the axis rather than flatten it.
+        set_limits(axis, means, np.array([0.0, np.quantile(values[np.isfinite(values)], 0.995)]))
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_title(title)
-        if column == "grad_norm" and np.nanmin(record.columns[column]) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        else:
-            set_limits(axis, smooth, np.array([0.0]))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         step_axis(axis, record, canvas)
         mark_expansions(axis, record.expansions)
     return figure
@@ -238,8 +248,8 @@ def _optimizer(record: RunRecord, canvas: Canvas) -> Any:
 def _optimizer_caption(record: RunRecord) -> str:
     return (
         "Learning rate of the step (no unit), and L2 norm of the gradient of all parameters before clipping (nats per "
-        "token per unit of weight; logarithmic axis). A switch should leave the schedule as it was; a jump of the norm "
-        "that stays is a sign of trouble."
+        "token per unit of weight; the highest 0.5 % of steps may leave the axis). A switch should leave the schedule "
+        "as it was; a jump of the norm that stays is a sign of trouble."
     )
 
 
@@ -269,6 +279,6 @@ def _throughput_caption(record: RunRecord) -> str:
         if stage.tokens_per_second is not None
     )
     return (
-        "Trained tokens per second of the whole job, from the time of each optimizer step. "
-        f"Dashes: the median of each stage ({medians})."
+        "Trained tokens per second of the whole job in each optimizer step, data loading included; evaluation, "
+        f"checkpoints and the pause at a switch are not counted. Dashes: the median of each stage ({medians})."
     )

@@ -7,7 +7,7 @@ byte.
 import base64
 from html import escape
 
-from train.report_data import Event, Expansion, RunRecord
+from train.report_data import Event, Expansion, RunRecord, selection_text
 from train.report_figures import ReportFigure
 from train.report_text import (
     MISSING,
@@ -42,9 +42,8 @@ p{margin:.4rem 0}
 margin:0 0 .2rem}
 .status,.note{color:var(--soft)}
 .note{font-size:.86rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:1px;background:var(--line);
-border:1px solid var(--line);margin:0}
-.tiles div{background:#fff;padding:.75rem .9rem}
+.tiles{display:grid;grid-template-columns:repeat(3,1fr);gap:1px;padding:1px;margin:0}
+.tiles div{box-shadow:0 0 0 1px var(--line);padding:.75rem .9rem}
 .tiles dt{font-size:.8rem;color:var(--soft)}
 .tiles dd{margin:.1rem 0 0;font-size:1.35rem;font-weight:600;line-height:1.25;font-variant-numeric:tabular-nums}
 .tiles small{display:block;font-size:.8rem;font-weight:400;color:var(--soft);line-height:1.35}
@@ -59,6 +58,8 @@ td.t{white-space:nowrap}
 td{overflow-wrap:break-word}
 .bar{display:inline-block;height:.62em;background:var(--accent);min-width:1px}
 td.b{width:45%;min-width:6rem;vertical-align:middle}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:0 2.5rem}
+.two h3{margin-top:1rem}
 tr.old td{color:var(--soft);text-decoration:line-through}
 figure{margin:1rem 0 2rem}
 figure img{display:block;width:100%;height:auto}
@@ -70,7 +71,7 @@ font:12.5px/1.45 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 code{font:.92em ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 @media (max-width:600px){body{padding:1.3rem 1rem 3rem;font-size:15px}h1{font-size:1.4rem}
 tbody th{white-space:normal;width:40%}
-.tiles{grid-template-columns:1fr 1fr}.tiles dd{font-size:1.15rem}}
+.tiles{grid-template-columns:1fr 1fr}.tiles dd{font-size:1.15rem}.two{grid-template-columns:1fr}}
 @media print{body{max-width:none;padding:0;font-size:11pt}h2,h3{break-after:avoid}figure,tr{break-inside:avoid}
 .scroll{overflow:visible}}
 """.strip()
@@ -83,13 +84,14 @@ def page(record: RunRecord, figures: list[ReportFigure]) -> str:
         record: the run.
         figures: what `draw_all` made of it.
     """
+    drawn = [_figure(figure) for figure in figures]
     body = [
         _header(record),
         _tiles(record),
+        drawn[0],  # the loss: what one opens a report for
         _stages(record),
-        *[_expansion(record, expansion) for expansion in record.expansions],
-        "<h2>Figures</h2>",
-        *[_figure(figure) for figure in figures],
+        *[_expansion(expansion) for expansion in record.expansions],
+        *drawn[1:],
         _run(record),
         _checkpoints(record),
         _events(record),
@@ -172,33 +174,36 @@ def _pairs(rows: list[tuple[str, str]]) -> str:
 
 
 def _stages(record: RunRecord) -> str:
-    head = ["stage", "experts", "parameters", "active", "steps", "tokens", "loss at its end", "tokens/s", "s/step"]
+    head = ["stage", "experts", "steps", "tokens", "loss at its end", "tokens/s", "s/step", "parameters", "active"]
     rows = [
         [
             str(stage.index),
             str(stage.num_experts) if stage.num_experts else "dense",
-            large_text(stage.parameters_total),
-            large_text(stage.parameters_active),
             f"{stage.first_step:,}\N{EN DASH}{stage.last_step:,}",
             large_text(stage.tokens),
             loss_text(stage.end_loss),
             whole_text(stage.tokens_per_second),
             MISSING if stage.step_seconds is None else f"{stage.step_seconds:.3g}",
+            large_text(stage.parameters_total),
+            large_text(stage.parameters_active),
         ]
         for stage in record.stages
     ]
     note = (
         "Parameters: all, and those one token passes through. Loss at its end: training loss in nats per token, mean "
-        f"over the last 5 % of the stage (at most 100 steps). Tokens/s and s/step: medians. {MISSING} means not recorded."
+        f"over the last 5 % of the stage (at most 100 steps). Tokens/s and s/step: medians. "
+        f"{MISSING} means not recorded."
     )
     return f'<h2>Stages</h2>{_table(head, rows, "nnnnnnnnn")}<p class="note">{escape(note)}</p>'
 
 
-def _expansion(record: RunRecord, expansion: Expansion) -> str:
+def _expansion(expansion: Expansion) -> str:
     plan = expansion.plan or {}
+    # The plan has the settings of the selection too, where the event may only name it.
+    selection = selection_text(plan["selection"]) if plan.get("selection") else expansion.selection
     rows = [
         ("Experts per layer", f"{expansion.from_experts} {ARROW} {expansion.to_experts}"),
-        ("Selection", expansion.selection),
+        ("Selection", selection),
         (
             "Validation loss",
             f"{loss_text(expansion.loss_before)} before, {loss_text(expansion.loss_after)} right after "
@@ -207,7 +212,6 @@ def _expansion(record: RunRecord, expansion: Expansion) -> str:
         ("Pause", seconds_text(expansion.pause_seconds)),
     ]
     for key, name in (
-        ("selection", "Selection settings"),
         ("optimizer_rule", "Optimizer rule"),
         ("bias_noise", "Bias noise"),
         ("seed", "Seed"),
@@ -217,7 +221,7 @@ def _expansion(record: RunRecord, expansion: Expansion) -> str:
         if plan.get(key) is not None:
             rows.append((name, details_text(plan[key])))
     title = f"Expansion after step {expansion.step:,}"
-    return f"<h2>{title}</h2>{_pairs(rows)}{_pause(expansion)}{_families(expansion)}"
+    return f"<h2>{title}</h2>{_pairs(rows)}{_pause_and_copies(expansion)}"
 
 
 def _bars(head: tuple[str, str], rows: list[tuple[str, str, float]]) -> str:
@@ -231,33 +235,13 @@ def _bars(head: tuple[str, str], rows: list[tuple[str, str, float]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _pause(expansion: Expansion) -> str:
-    if not expansion.seconds:
-        return ""
-    total = expansion.pause_seconds or sum(expansion.seconds.values())
-    parts = dict(expansion.seconds)
-    rest = total - sum(parts.values())
-    if rest > 0.01 * total:
-        parts["other"] = rest
-    longest = max(parts.values()) or 1.0
-    rows = [
-        (
-            name,
-            f"{seconds_text(value)}  ({100 * value / total:.0f} %)" if total else seconds_text(value),
-            value / longest,
-        )
-        for name, value in parts.items()
-    ]
-    return f"<h3>Where the pause went</h3>{_bars(('part', 'time'), rows)}"
-
-
-def _families(expansion: Expansion) -> str:
+def _pause_and_copies(expansion: Expansion) -> str:
+    """Two small bar charts side by side, with the largest families below."""
     histogram = copies_histogram(expansion)
+    charts = [chart for chart in (_pause(expansion), _copies(histogram)) if chart]
+    text = f'<div class="two">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>' if charts else ""
     if not histogram:
-        return '<p class="note">No plan of this expansion in plans/.</p>'
-    most = max(experts for _, experts in histogram)
-    rows = [(str(size), f"{experts:,}", experts / most) for size, experts in histogram]
-    text = f"<h3>Copies per expert</h3>{_bars(('copies, itself included', 'experts, all layers'), rows)}"
+        return text + '<p class="note">The plan of this expansion is not in plans/.</p>'
     if len(histogram) == 1:
         return text + f'<p class="note">Every expert of every layer has {histogram[0][0]} copies.</p>'
     families, total = largest_families(expansion)
@@ -270,10 +254,37 @@ def _families(expansion: Expansion) -> str:
     return text + f'<p class="note">{escape(note)}</p>'
 
 
+def _pause(expansion: Expansion) -> str:
+    if not expansion.seconds:
+        return ""
+    parts = dict(expansion.seconds)
+    total = expansion.pause_seconds or sum(parts.values())
+    if total - sum(parts.values()) > 0.01 * total:
+        parts["other"] = total - sum(parts.values())
+    longest = max(parts.values()) or 1.0
+    rows = [
+        (
+            name,
+            f"{seconds_text(value)} ({100 * value / total:.0f} %)" if total else seconds_text(value),
+            value / longest,
+        )
+        for name, value in parts.items()
+    ]
+    return f"<h3>Where the pause went</h3>{_bars(('part', 'time'), rows)}"
+
+
+def _copies(histogram: list[tuple[int, int]]) -> str:
+    if not histogram:
+        return ""
+    most = max(experts for _, experts in histogram)
+    rows = [(str(size), f"{experts:,}", experts / most) for size, experts in histogram]
+    return f"<h3>Copies per expert, itself included</h3>{_bars(('copies', 'experts, all layers'), rows)}"
+
+
 def _figure(figure: ReportFigure) -> str:
     wide, narrow = (base64.b64encode(png).decode("ascii") for png in (figure.wide_png, figure.narrow_png))
     return (
-        f'<h3 id="{escape(figure.name)}">{escape(figure.title)}</h3>\n<figure><picture>'
+        f'<h2 id="{escape(figure.name)}">{escape(figure.title)}</h2>\n<figure><picture>'
         f'<source media="(max-width:600px)" srcset="data:image/png;base64,{narrow}">'
         f'<img src="data:image/png;base64,{wide}" alt="{escape(figure.title)}: see the text below the figure">'
         f"</picture><figcaption>{escape(figure.caption)}</figcaption></figure>"

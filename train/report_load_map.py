@@ -29,7 +29,7 @@ def draw_load_map(record: RunRecord, canvas: Canvas) -> Any:
         bands = family_bands([history.num_experts for history in histories], _parents(record, layer))
         for column, (history, band) in enumerate(zip(histories, bands, strict=True)):
             axis = axes[row][column]
-            mesh = _map_panel(axis, history, layer, band, top)
+            mesh = _map_panel(axis, record, history, layer, band, top)
             if column == 0:
                 _expert_ticks(axis, band)
                 axis.set_ylabel(f"layer {layer}\nexpert" if len(layers) > 1 else "expert")
@@ -39,7 +39,8 @@ def draw_load_map(record: RunRecord, canvas: Canvas) -> Any:
                     axis.hlines(bands[0].edges[1:-1], *axis.get_xlim(), color="white", linewidth=0.35)
             if row == 0:
                 axis.set_title(f"{history.num_experts} experts")
-            step_ticks(axis, 3 if canvas.narrow or len(histories) > 2 else 5)
+            # Labels stay clear of those of the neighbouring panel.
+            step_ticks(axis, 3 if canvas.narrow or len(histories) > 2 else 5, inset=0.08)
             axis.tick_params(labelbottom=row == len(layers) - 1)
             if row == len(layers) - 1:
                 axis.set_xlabel("step")
@@ -55,12 +56,15 @@ def draw_load_map(record: RunRecord, canvas: Canvas) -> Any:
     return figure
 
 
-def _map_panel(axis: Any, history: LoadHistory, layer: int, band: Bands, top: float) -> Any:
+def _map_panel(axis: Any, record: RunRecord, history: LoadHistory, layer: int, band: Bands, top: float) -> Any:
     """One stage of one layer: time along x, the experts' bands along y."""
     steps_R = history.steps_R
     inner = (steps_R[1:] + steps_R[:-1]) / 2
     half = float(np.median(np.diff(steps_R))) / 2 if len(steps_R) > 1 else 0.5
     x_edges = np.concatenate([[steps_R[0] - half], inner, [steps_R[-1] + half]])
+    for stage in record.stages:
+        if stage.index == history.stage:
+            x_edges = np.clip(x_edges, stage.first_step - 0.5, stage.last_step + 0.5)
     load_ER = history.share_RLE[:, history.layers.index(layer), :].T * history.num_experts
     axis.grid(False)
     mesh = axis.pcolormesh(

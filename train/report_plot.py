@@ -46,8 +46,8 @@ STYLE = {
     "savefig.facecolor": "white",
 }
 DPI = 180
-# Points per drawn line; more than this become a band from minimum to maximum.
-MAX_POINTS = 900
+# Curves of more points than this are drawn as bins, from the minimum to the maximum of each.
+MAX_POINTS, BINS = 2400, 800
 # The smoothing window as a share of the run, and its longest in steps.
 SMOOTH_SHARE, SMOOTH_STEPS = 0.02, 2000
 
@@ -106,11 +106,11 @@ def moving_mean(values: Floats, window: int) -> Floats:
         return np.where(count > 0, (sums[high] - sums[low]) / count, np.nan)
 
 
-def envelope(steps: Floats, values: Floats, limit: int) -> tuple[Floats, Floats, Floats]:
-    """Steps, minimum and maximum of at most `limit` bins of equal count: thinning that keeps every spike."""
-    if len(values) <= limit:
+def envelope(steps: Floats, values: Floats, bins: int) -> tuple[Floats, Floats, Floats]:
+    """Step, minimum and maximum of each of `bins` bins of equal count: thinning that loses no spike."""
+    if len(values) <= bins:
         return steps, values, values
-    starts = np.linspace(0, len(values), limit + 1).astype(int)[:-1]
+    starts = np.linspace(0, len(values), bins + 1).astype(int)[:-1]
     return steps[starts], np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
 
 
@@ -122,18 +122,21 @@ def count_text(value: float) -> str:
     return f"{value:.4g}"
 
 
-def step_ticks(axis: Any, ticks: int) -> None:
-    """Whole steps with thousands separators, short from 100k on."""
-    axis.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=[1, 2, 2.5, 5, 10]))
+def step_ticks(axis: Any, ticks: int, inset: float = 0.0) -> None:
+    """Whole steps with thousands separators, short from 100k on, none in the outer `inset` share of the axis."""
+    low, high = axis.get_xlim()
+    margin = inset * (high - low)
+    found = MaxNLocator(ticks, integer=True, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    axis.set_xticks([tick for tick in found if low + margin <= tick <= high - margin])
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count_text(x) if abs(x) >= 1e5 else f"{x:,.0f}"))
 
 
 def step_axis(axis: Any, record: RunRecord, canvas: Canvas, ticks: int = 8) -> None:
     """The whole run along the x axis, in optimizer steps."""
-    step_ticks(axis, 5 if canvas.narrow else ticks)
     first, last = float(record.steps_S[0]), float(record.steps_S[-1])
     margin = max(0.75, 0.01 * (last - first))
     axis.set_xlim(first - margin, last + margin)
+    step_ticks(axis, 5 if canvas.narrow else ticks)
     axis.set_xlabel("step")
 
 
@@ -156,7 +159,12 @@ def mark_expansions(axis: Any, expansions: list[Expansion], labels: bool = False
 
 
 def curve(
-    axis: Any, record: RunRecord, column: str, label: str = "", inside: tuple[float, float] | None = None
+    axis: Any,
+    record: RunRecord,
+    column: str,
+    label: str = "",
+    inside: tuple[float, float] | None = None,
+    smooth: bool = True,
 ) -> Floats:
     """Draw a column: raw values faint, their moving mean strong, nothing averaged or joined across a switch.
 
@@ -166,36 +174,38 @@ def curve(
         column: which metric.
         label: names the curve in a legend; empty for none.
         inside: only the steps between these two, for a zoom.
+        smooth: False for a metric without noise, which is then drawn as it is.
 
     Returns:
         The moving mean of every step, for the limits of the axis.
     """
     values = record.columns[column]
-    window = smooth_window(record)
-    smooth = np.full(len(values), np.nan)
-    limit = max(50, MAX_POINTS // len(record.stages))
+    window = smooth_window(record) if smooth else 1
+    means = np.full(len(values), np.nan)
     for i, stage in enumerate(record.stages):
-        rows = slice(stage.start, stage.stop)
-        smooth[rows] = moving_mean(values[rows], window)
-        steps, raw, mean = record.steps_S[rows], values[rows], smooth[rows]
+        rows = np.arange(stage.start, stage.stop)
+        means[rows] = moving_mean(values[rows], window)
         if inside is not None:
-            seen = (steps >= inside[0]) & (steps <= inside[1])
-            steps, raw, mean = steps[seen], raw[seen], mean[seen]
-        if not len(steps):
+            rows = rows[(record.steps_S[rows] >= inside[0]) & (record.steps_S[rows] <= inside[1])]
+        if not len(rows):
             continue
+        steps = record.steps_S[rows]
+        thin = inside is None and len(values) > MAX_POINTS
+        bins = max(10, BINS * len(rows) // len(values)) if thin else len(rows)
         named = label if i == 0 else ""
-        x, low, high = envelope(steps, raw, limit)
-        raw_label = f"{named}, every step" if named and window > 1 else None
-        if len(x) < len(steps):
-            axis.fill_between(x, low, high, color=RAW, linewidth=0, label=raw_label, zorder=1)
-        else:
-            axis.plot(x, low, color=RAW, linewidth=0.9, label=raw_label, zorder=1)
-        x, low, high = envelope(steps, mean, limit)
-        mean_label = (f"{named}, mean of {window:,} steps" if window > 1 else named) if named else None
+        if window > 1:
+            x, low, high = envelope(steps, values[rows], bins)
+            raw_label = f"{named}, every step" if named else None
+            if thin:
+                axis.fill_between(x, low, high, color=RAW, linewidth=0, label=raw_label, zorder=1)
+            else:
+                axis.plot(x, low, color=RAW, linewidth=0.9, label=raw_label, zorder=1)
+            named = f"{named}, mean of {window:,} steps" if named else ""
+        x, low, high = envelope(steps, means[rows], bins)
         # A line needs two points: few steps are drawn as dots as well.
         marker = "." if len(steps) <= 12 else ""
-        axis.plot(x, (low + high) / 2, color=SMOOTH, linewidth=1.5, marker=marker, label=mean_label, zorder=2)
-    return smooth
+        axis.plot(x, (low + high) / 2, color=SMOOTH, linewidth=1.5, marker=marker, label=named or None, zorder=2)
+    return means
 
 
 def set_limits(axis: Any, *series: Floats) -> None:

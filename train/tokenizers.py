@@ -142,7 +142,7 @@ class HuggingFaceTokenizer(Tokenizer):
         # Otherwise a document that *writes about* <|endoftext|> would hold real end-of-document tokens.
         self._library.encode_special_tokens = True
         if eod is None:
-            eod = int(self._library.token_to_id(_end_token(self._library, file, spec)))
+            eod = _end_of_document(self._library, file, spec)
         vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         super().__init__(spec, vocab_size, eod, _digest(content, eod), file)
 
@@ -312,28 +312,28 @@ def _optional(package: str, spec: str) -> Any:
         ) from error
 
 
-def _end_token(library: Any, file: Path, spec: str) -> str:
-    """The end-of-document token: eos_token of the tokenizer_config.json beside the file, else the only usual name."""
+def _end_of_document(library: Any, file: Path, spec: str) -> int:
+    """The id of eos_token in the tokenizer_config.json beside the file, else of the only special token usual for it."""
     config = file.parent / "tokenizer_config.json"
     if config.is_file():
         try:
-            declared = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            declared = json.loads(config.read_bytes()).get("eos_token")
         except (ValueError, AttributeError) as error:
             raise DataError(f"--tokenizer={spec}: {config} is not a JSON object ({error})") from error
         token = declared.get("content") if isinstance(declared, dict) else declared
         if isinstance(token, str):
             if library.token_to_id(token) is None:
                 raise DataError(f"--tokenizer={spec}: eos_token {token!r} of {config} is not in {file}")
-            return token
-    special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+            return int(library.token_to_id(token))
+    special = {token.content: number for number, token in library.get_added_tokens_decoder().items() if token.special}
     found = [token for token in USUAL_END_TOKENS if token in special]
     if len(found) != 1:
         raise DataError(
             f"--tokenizer={spec}: cannot tell the end-of-document token of {file} "
-            f"({' and '.join(found) if found else 'no special token of a usual name'}): "
+            f"({' or '.join(found) if found else 'no special token has a usual name for it'}): "
             f'put {{"eos_token": "..."}} into {config}'
         )
-    return found[0]
+    return int(special[found[0]])
 
 
 def _read_ranks(content: bytes, file: Path, spec: str) -> dict[bytes, int]:
@@ -354,6 +354,9 @@ def _read_ranks(content: bytes, file: Path, spec: str) -> dict[bytes, int]:
 
 def _read_mcore_vocabulary(file: Path, content: bytes, spec: str) -> tuple[Any, int]:
     """Reads mcore's JSON vocabulary with mcore's class; gives the tiktoken.Encoding inside and its </s> id."""
+    from parallel.compat import quiet_megatron
+
+    quiet_megatron()
     from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import (
         DEFAULT_TIKTOKEN_MAX_VOCAB,
         TikTokenTokenizer,

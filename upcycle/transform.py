@@ -97,7 +97,7 @@ def expand_checkpoint(
     sizes = {key: torch.Size(shape).numel() * dtype.itemsize for key, (shape, dtype) in stored.items()}
     mine = share_out(sizes, layout.world_size)[layout.rank]
     old = {key: _whole(key, torch.empty(stored[key][0], dtype=stored[key][1])) for key in mine}
-    loaded, _, _ = load_sharded(old, str(source), check_access=False)
+    loaded, _, _ = load_sharded(old, str(source))
     with layout.together("expanding the checkpoint"):
         new = {key: _whole(key, expand_tensor(key, loaded.pop(key), plan, experts)) for key in mine}
     save_sharded(new, str(target))

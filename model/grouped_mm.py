@@ -1,0 +1,242 @@
+"""Matrix products of many experts at once, on CPU and GPU: the arithmetic below `GroupedExperts`.
+
+Why: one product per expert costs a launch (GPU) or a dispatch (CPU) each, and Megatron's sequence of experts adds a
+dozen more operations per expert around it. Here all experts of a rank share one call per product, and the activation
+runs once over all tokens.
+
+Two layouts of the tokens, chosen by `group_tokens`:
+
+- ragged `[T, width]`, rows sorted by expert: `torch.nn.functional.grouped_mm`. GPU always, CPU in general.
+- padded `[e, capacity, width]`: batched products. CPU in bf16 when the loads are even enough, because each bf16 product
+  costs about 25 microseconds of set-up there, more than the product itself for small experts.
+
+Both compute the same products with fp32 accumulation; no function here waits for the GPU.
+
+Shapes: `e` local experts, `T` tokens (all local experts together), `H` hidden, `F` expert ffn, `K`/`N` in/out width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# Multiply-adds spent on padding, per expert and product, that still cost less than setting up one bf16 product of its
+# own. Measured with AMX: 25 us and 0.4 G multiply-adds per ms, so the break-even is near 10 million.
+_PADDING_BUDGET = 8_000_000
+# Elements that the activation works on at a time on CPU: its temporaries then stay in the core's own cache.
+_BLOCK_ELEMENTS = 65_536
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Which rows belong to which expert.
+
+    Attributes:
+        counts_e: rows of each expert, int64, on the rows' device.
+        ends_e: where each expert's rows end, int32, on the rows' device (what grouped_mm calls `offs`).
+        capacity: rows per expert of the padded layout; None for ragged.
+        slots_T: row of each token in the flattened padded layout; None for ragged.
+    """
+
+    counts_e: torch.Tensor
+    ends_e: torch.Tensor
+    capacity: int | None = None
+    slots_T: torch.Tensor | None = None  # noqa: N815 (shape suffix)
+
+
+def group_tokens(tokens_per_expert: torch.Tensor, rows: torch.Tensor, macs_per_row: int) -> TokenGroups:
+    """Describes the tokens' groups and chooses their layout.
+
+    Args:
+        tokens_per_expert: `[e]`, integers, on the CPU or on the rows' device.
+        rows: `[T, K]`, the tokens, sorted by expert.
+        macs_per_row: multiply-adds of one product for one row (K * N), the largest one of the caller.
+    """
+    # From pageable memory this copy is staged, so it does not wait for the GPU's queue.
+    counts_e = tokens_per_expert.to(device=rows.device, dtype=torch.int64, non_blocking=True)
+    ends_e = counts_e.cumsum(0)
+    ragged = TokenGroups(counts_e, ends_e.to(torch.int32))
+    if rows.is_cuda or rows.dtype != torch.bfloat16 or len(counts_e) == 1 or not len(rows):
+        return ragged
+    capacity = int(counts_e.max())
+    if (capacity - len(rows) / len(counts_e)) * macs_per_row > _PADDING_BUDGET:
+        return ragged
+    starts_e = ends_e - counts_e
+    shift_e = torch.arange(len(counts_e)) * capacity - starts_e
+    slots_T = torch.arange(len(rows)) + torch.repeat_interleave(shift_e, counts_e)
+    return TokenGroups(counts_e, ragged.ends_e, capacity, slots_T)
+
+
+def spread(rows: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    """Rows `[T, ...]` in the groups' layout; padding is zero. Free where the layout is ragged."""
+    return rows if groups.slots_T is None else _Spread.apply(rows, groups)
+
+
+def collect(spread_rows: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    """The inverse of `spread`: `[T, ...]` without the padding."""
+    return spread_rows if groups.slots_T is None else _Collect.apply(spread_rows, groups)
+
+
+def grouped_linear(rows: torch.Tensor, weight_eNK: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    """Each expert's rows times its own matrix: `rows_i @ weight_i.T`.
+
+    Args:
+        rows: in the groups' layout, width K.
+        weight_eNK: `[e, N, K]`; rows of it must be a multiple of 16 bytes long.
+        groups: of these rows.
+
+    Returns:
+        Same layout, width N. Experts without rows get zero gradients, not None.
+    """
+    return _GroupedLinear.apply(rows, weight_eNK, groups)
+
+
+def per_token(values_eN: torch.Tensor, groups: TokenGroups, num_tokens: int) -> torch.Tensor:
+    """Each expert's vector (a bias) repeated for its tokens: `[T, N]`, always ragged."""
+    return _PerToken.apply(values_eN, groups, num_tokens)
+
+
+def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """SwiGLU times the routing probability: `silu(gate) * up * probs`, rounded where Megatron's unfused MLP rounds.
+
+    Keeps only its arguments for the backward pass and recomputes the rest there.
+
+    Args:
+        gate_up: `[..., 2F]`, gate first.
+        probs: `[...]`, one per row, any floating dtype; the product is taken in the wider of the two dtypes.
+
+    Returns:
+        `[..., F]` in the dtype of `gate_up`.
+    """
+    return _WeightedSwiGLU.apply(gate_up, probs)
+
+
+def _products(rows: torch.Tensor, matrix_eKN: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    if groups.slots_T is not None:
+        return torch.bmm(rows, matrix_eKN)
+    if not len(rows):
+        return rows.new_empty(0, matrix_eKN.shape[-1])
+    return F.grouped_mm(rows, matrix_eKN, offs=groups.ends_e)
+
+
+def _outer_products(left: torch.Tensor, right: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    """`left_i.T @ right_i` for each expert i: `[e, left width, right width]`, zero for experts without rows."""
+    if groups.slots_T is not None:
+        return torch.bmm(left.transpose(1, 2), right)
+    if not len(left):
+        return left.new_zeros(len(groups.counts_e), left.shape[1], right.shape[1])
+    # This orientation (left transposed, right not) is the one in which GPU kernels take groups of any size, empty too.
+    return F.grouped_mm(left.t(), right, offs=groups.ends_e)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """grouped_mm with a backward that accepts any gradient layout and both layouts of tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight_eNK: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight_eNK)
+        ctx.groups = groups
+        return _products(rows, weight_eNK.transpose(1, 2), groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        rows, weight_eNK = ctx.saved_tensors
+        grad = grad.contiguous()  # grouped_mm refuses expanded gradients, as those of a sum are
+        grad_rows = _products(grad, weight_eNK, ctx.groups) if ctx.needs_input_grad[0] else None
+        grad_weight = _outer_products(grad, rows, ctx.groups) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight, None
+
+
+def _to_slots(rows: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    assert groups.capacity is not None and groups.slots_T is not None
+    experts = len(groups.counts_e)
+    padded = rows.new_zeros(experts * groups.capacity, *rows.shape[1:])
+    return padded.index_copy_(0, groups.slots_T, rows).unflatten(0, (experts, groups.capacity))
+
+
+def _from_slots(padded: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+    assert groups.slots_T is not None
+    return padded.flatten(0, 1).index_select(0, groups.slots_T)
+
+
+class _Spread(torch.autograd.Function):
+    """Copies rows to their slots. Every slot has at most one row, so the gradient is a copy back and not a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+        ctx.groups = groups
+        return _to_slots(rows, groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return _from_slots(grad, ctx.groups), None
+
+
+class _Collect(torch.autograd.Function):
+    """Copies rows from their slots: the inverse of `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+        ctx.groups = groups
+        return _from_slots(padded, groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return _to_slots(grad, ctx.groups), None
+
+
+class _PerToken(torch.autograd.Function):
+    """Repeats rows; the gradient sums them by a product with ones, in fp32 inside the product."""
+
+    @staticmethod
+    def forward(ctx: Any, values_eN: torch.Tensor, groups: TokenGroups, num_tokens: int) -> torch.Tensor:
+        ctx.groups = groups
+        return torch.repeat_interleave(values_eN, groups.counts_e, dim=0, output_size=num_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        ones = grad.new_ones(len(grad), 16 // grad.element_size())  # the narrowest row that grouped_mm takes
+        ragged = TokenGroups(ctx.groups.counts_e, ctx.groups.ends_e)
+        return _outer_products(ones, grad.contiguous(), ragged)[:, 0], None, None
+
+
+def _row_blocks(rows: torch.Tensor) -> list[slice]:
+    """Slices of rows to work on at a time; the GPU gets all rows at once."""
+    if rows.is_cuda:
+        return [slice(None)]
+    step = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() * 2 // rows.shape[1])
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up, probs)
+        rows, probs = gate_up.flatten(0, -2), probs.reshape(-1, 1)
+        out = rows.new_empty(len(rows), rows.shape[1] // 2)
+        for block in _row_blocks(rows):
+            gate, up = rows[block].chunk(2, -1)
+            activated = F.silu(gate).mul_(up)
+            out[block] = activated.to(torch.promote_types(rows.dtype, probs.dtype)).mul_(probs[block])
+        return out.unflatten(0, gate_up.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        gate_up, probs = ctx.saved_tensors
+        rows, probs_T1, grad = gate_up.flatten(0, -2), probs.reshape(-1, 1), grad.flatten(0, -2)
+        wide = torch.promote_types(rows.dtype, probs.dtype)
+        grad_rows = torch.empty_like(rows)
+        grad_probs = torch.empty_like(probs_T1)
+        for block in _row_blocks(rows):
+            gate, up = rows[block].chunk(2, -1)
+            grad_gate, grad_up = grad_rows[block].chunk(2, -1)
+            silu = F.silu(gate)
+            grad_out = grad[block].to(wide)  # may be `grad` itself: must not be changed in place
+            grad_probs[block] = (silu * up).to(wide).mul_(grad_out).sum(-1, keepdim=True)
+            grad_activated = (grad_out * probs_T1[block]).to(rows.dtype)
+            torch.mul(grad_activated, silu, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad_activated.mul_(up), gate, grad_input=grad_gate)
+        return grad_rows.view_as(gate_up), grad_probs.view_as(probs)

@@ -1,0 +1,73 @@
+"""`python -m train [Hydra overrides]`: start or resume a run. Under torchrun, one process per rank.
+
+Settings and corpora are checked on every rank before any process group or device is touched; every error of a user is
+one line and a non-zero exit on every rank.
+"""
+
+import faulthandler
+import os
+import sys
+
+from parallel.errors import CoppiceError
+from train.settings import load_settings, register_schema
+
+_HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--version")
+
+
+def _let_hydra_answer() -> None:
+    """`--help`, `--cfg job` and the like: Hydra's own answers about the configuration."""
+    import hydra
+    from omegaconf import DictConfig
+
+    register_schema()
+
+    @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")
+    def show(config: DictConfig) -> None:
+        del config
+
+    show()
+
+
+def run_job(overrides: list[str]) -> str:
+    """Run one job to its end.
+
+    Args:
+        overrides: Hydra overrides.
+
+    Returns:
+        Why the run ended: finished, stop_at_step or requested.
+
+    Raises:
+        CoppiceError: for anything a user can mend.
+    """
+    settings = load_settings(overrides)
+    # Before anything else of mcore is imported: it warns at import of what is not installed.
+    from parallel.compat import prepare_megatron
+
+    prepare_megatron()
+    from train.job import run_settings
+
+    return run_settings(settings)
+
+
+def main() -> int:
+    """Parse the command line, run, and turn errors into one line and an exit code."""
+    faulthandler.enable()
+    arguments = sys.argv[1:]
+    if any(a.split("=")[0] in _HYDRA_FLAGS for a in arguments):
+        _let_hydra_answer()
+        return 0
+    try:
+        run_job(arguments)
+    except CoppiceError as e:
+        if e.speaks or (e.speaks is None and os.environ.get("RANK", "0") == "0"):
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

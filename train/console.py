@@ -1,0 +1,55 @@
+"""What a run prints: derived numbers at the start, progress lines, on rank 0 only."""
+
+import time
+from typing import Any
+
+from train.config import RunSettings
+
+
+class Console:
+    """Plain lines on standard output of rank 0."""
+
+    def __init__(self, rank: int, steps: int) -> None:
+        self._quiet = rank != 0
+        self._steps = steps
+        self._mark: tuple[int, float] | None = None
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        if not self._quiet:
+            print(line, flush=True)
+
+    def opening(
+        self, settings: RunSettings, counts: dict[str, int], layout: dict[str, int], micro_batches: int, kind: str
+    ) -> None:
+        """Print what was derived: parameters, layout, tokens per step."""
+        data, model = settings.data, settings.model
+        stages = settings.upcycle.expert_counts(model.num_experts)
+        sizes = ", ".join(f"{name} {size}" for name, size in layout.items() if size > 1 or name == "world")
+        tokens = data.global_batch_size * data.sequence_length
+        self.say(f"run {settings.run.dir}: {settings.run.steps} steps, {settings.run.precision}")
+        self.say(
+            f"model: {counts['parameters_total'] / 1e6:.2f} M parameters, {counts['parameters_active'] / 1e6:.2f} M active; "
+            f"{model.layers} layers, experts {' -> '.join(map(str, stages))}, top-{model.top_k}, expert module {kind}"
+        )
+        self.say(f"layout: {sizes}")
+        self.say(
+            f"tokens per step: {data.micro_batch_size} micro-batch x {micro_batches} accumulation x {layout['data']} data "
+            f"ranks x {data.sequence_length} sequence = {tokens}"
+        )
+        for i, stage in enumerate(settings.upcycle.stages):
+            self.say(f"expansion {i + 1}: after step {stage.at_step}, {stages[i]} -> {stages[i + 1]} experts, {stage.selection}")
+
+    def progress(self, record: dict[str, Any], next_event: str) -> None:
+        """Print one line about a step, with the time left at the pace since the last line."""
+        now, step = time.monotonic(), record["step"]
+        left = ""
+        if self._mark is not None and step > self._mark[0]:
+            pace = (now - self._mark[1]) / (step - self._mark[0])
+            seconds = int(pace * (self._steps - step))
+            left = f"  left {seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        self._mark = (step, now)
+        self.say(
+            f"step {step:>6}/{self._steps}  loss {record['lm_loss']:.4f}  grad norm {record['grad_norm']:.2f}  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s{left}  next: {next_event}"
+        )

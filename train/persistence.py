@@ -1,0 +1,267 @@
+"""Between a run and its checkpoints: what is saved, what a checkpoint must be to be resumed, what is verified.
+
+`train/checkpoint.py` knows folders, `model/sharded_state.py` knows tensors; this file knows the run.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.build import padded_vocab_size
+from model.fingerprint import first_difference, take_fingerprints
+from model.sharded_state import expert_keys, load_tensors, save_tensors
+from parallel.compat import versions
+from parallel.errors import CheckpointError, ConfigError
+from parallel.optimizer_state import get_step
+from train import random_state
+from train.checkpoint import (
+    CheckpointFolder,
+    Manifest,
+    checkpoint_name,
+    list_checkpoints,
+    need_space,
+    read_manifest,
+    resolve,
+)
+from train.config import RunSettings
+from train.data import Segment
+
+if TYPE_CHECKING:
+    from train.run import Run
+
+# Keys of the model group that may differ between a checkpoint and the run that continues it: they change how the
+# network is computed or trained, not which tensors it has or what they mean.
+_FREE = frozenset(
+    ("num_experts", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "capacity_factor",
+     "experts", "dispatcher", "recompute", "mcore")
+)  # fmt: skip
+
+
+def model_identity(settings: RunSettings, vocab_size: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to belong to a run, as dotted keys."""
+    values = {f"model.{k}": v for k, v in asdict(settings.model).items() if k not in _FREE}
+    values["model.num_experts"] = settings.model.num_experts
+    values["run.precision"] = settings.run.precision
+    values["padded vocabulary"] = padded_vocab_size(settings.model, vocab_size)
+    return values
+
+
+class Persistence:
+    """Saves, finds and loads the checkpoints of one run."""
+
+    def __init__(self, run: "Run") -> None:
+        self.run = run
+        self.layout = run.layout
+        self.settings = run.settings
+        self.folder = CheckpointFolder(Path(run.settings.run.dir), run.layout, run.settings.checkpoint.keep_last)
+        self._saved: tuple[int, int] | None = None
+
+    # ---- starting ---------------------------------------------------------------------------------------------------
+
+    def find_start(self) -> Path | None:
+        """The checkpoint to start from, agreed on by all ranks; nothing is written yet.
+
+        Raises:
+            CoppiceError: if run.resume names none, or run.dir holds a run that cannot be continued.
+        """
+        run = self.settings.run
+        found: Path | None = None
+        with self.layout.together("looking for a checkpoint"):
+            if self.layout.rank == 0:
+                found = resolve(Path(run.dir), run.resume)
+                # run.dir itself must be this run's even when the start comes from elsewhere.
+                own = list_checkpoints(Path(run.dir))
+                for path in {p for p in (found, own[-1] if own else None) if p}:
+                    self._check_identity(path, read_manifest(path))
+                if found and own and found.parent != own[-1].parent:
+                    raise CheckpointError(
+                        f"run.resume={run.resume} is of another run, but run.dir={run.dir} holds checkpoints of its own: "
+                        "choose another run.dir"
+                    )
+        start: Path | None = self.layout.from_rank_zero(found)
+        return start
+
+    def _check_identity(self, path: Path, manifest: Manifest) -> None:
+        mine = model_identity(self.settings, self.run.vocab_size)
+        for key in sorted(mine.keys() | manifest.model.keys()):
+            if mine.get(key) != manifest.model.get(key):
+                raise CheckpointError(
+                    f"checkpoint {path} is of another model: {key} was {manifest.model.get(key)} there and is "
+                    f"{mine.get(key)} here: choose another run.dir, or the settings it was made with"
+                )
+
+    def check_start(self, source: Path | None) -> Manifest | None:
+        """Read the manifest to resume from and check it against the stages and the data of this run.
+
+        Raises:
+            CoppiceError: naming what does not fit.
+        """
+        manifest = None
+        with self.layout.together("checking the checkpoint"):
+            if source:
+                manifest = read_manifest(source)
+                self._check_stages(source, manifest)
+                self._check_data(source, manifest)
+        return manifest
+
+    def _check_stages(self, path: Path, manifest: Manifest) -> None:
+        stages = self.settings.upcycle.stages
+        counts = self.settings.upcycle.expert_counts(self.settings.model.num_experts)
+        if manifest.step > self.settings.run.steps:
+            raise ConfigError(
+                f"run.steps={self.settings.run.steps} ends before checkpoint {path.name} (step {manifest.step}): raise it"
+            )
+        if manifest.stage > len(stages):
+            raise ConfigError(
+                f"checkpoint {path} has made {manifest.stage} expansions, upcycle.stages lists {len(stages)}: list them all"
+            )
+        for i, plan in enumerate(manifest.plans):
+            if (plan["step"], plan["experts_after"]) != (stages[i].at_step, counts[i + 1]):
+                raise ConfigError(
+                    f"upcycle.stages[{i}] gives {counts[i + 1]} experts after step {stages[i].at_step}, but checkpoint "
+                    f"{path} grew to {plan['experts_after']} after step {plan['step']}: past expansions cannot be changed"
+                )
+        for i in range(manifest.stage, len(stages)):
+            if stages[i].at_step < manifest.step:
+                raise ConfigError(
+                    f"upcycle.stages[{i}].at_step={stages[i].at_step} lies before checkpoint {path.name} (step "
+                    f"{manifest.step}), which did not make this expansion: use a later step or an earlier checkpoint"
+                )
+
+    def _check_data(self, path: Path, manifest: Manifest) -> None:
+        mine = [m.fingerprint for _, m in self.run.corpora]
+        if manifest.data["fingerprints"] != mine:
+            raise CheckpointError(
+                f"checkpoint {path} was trained on other data (fingerprint {manifest.data['fingerprints'][0][:12]}, "
+                f"data.corpus has {mine[0][:12]}): its position means nothing there; use the same corpus"
+            )
+        length = manifest.data["sequence_length"]
+        if length != self.settings.data.sequence_length:
+            raise CheckpointError(
+                f"data.sequence_length={self.settings.data.sequence_length}, but checkpoint {path} counted its position in "
+                f"samples of {length} tokens: use data.sequence_length={length}"
+            )
+
+    def known_segments(self, manifest: Manifest | None) -> list[Segment]:
+        """Shuffles of the training stream that a checkpoint has begun with."""
+        return [Segment(**s) for s in manifest.data["segments"]] if manifest else []
+
+    def check_space(self) -> None:
+        """Refuse to start where not even one checkpoint of each stage fits.
+
+        Raises:
+            CheckpointError: naming the folder and the room it needs.
+        """
+        with self.layout.together("checking free space"):
+            if self.layout.rank == 0:
+                need_space(self.run.files.run_dir, self.needed_bytes(), "one checkpoint")
+
+    # ---- loading ----------------------------------------------------------------------------------------------------
+
+    def load(self, path: Path, manifest: Manifest) -> None:
+        """Load a checkpoint into the current stage and verify that every tensor arrived.
+
+        Raises:
+            CheckpointError: if keys are missing, or anything differs from what was saved.
+        """
+        run, stage = self.run, self.run.stage
+        full = self.settings.checkpoint.load == "full"
+        self.load_stage(path / "tensors", manifest.optimizer_step, full)
+        if full:
+            self.verify(path, manifest)
+        stage.scheduler.load_state_dict(manifest.scheduler)
+        if manifest.layout == self.settings.parallel.describe(self.layout.world_size):
+            with self.layout.together("loading generator states"):
+                random_state.load(path / "rng", self.layout.rank)
+        run.step, run.samples = manifest.step, manifest.data["samples"]
+        run.plans = list(manifest.plans)
+        self._saved = (manifest.step, manifest.stage)
+        if self.layout.rank == 0:
+            run.files.truncate_after(manifest.step)
+
+    def load_stage(self, tensors: Path, optimizer_step: int, with_optimizer: bool = True) -> None:
+        """Fill the current stage's model and optimizer from a folder of tensors."""
+        stage = self.run.stage
+        load_tensors(
+            tensors, stage.chunks, stage.optimizer, self.layout, step=optimizer_step, with_optimizer=with_optimizer
+        )
+
+    def verify(self, path: Path, manifest: Manifest) -> None:
+        """Compare what was loaded with the fingerprints taken at the save.
+
+        Raises:
+            CheckpointError: naming the first tensor that differs.
+        """
+        found = take_fingerprints(self.run.stage.chunks, self.run.stage.optimizer, self.layout)
+        name = first_difference(manifest.fingerprints, found)
+        if name is not None:
+            raise CheckpointError(
+                f"checkpoint {path} was loaded, but {name} is not what was saved: the files are damaged or of another run; "
+                "use an older checkpoint (run.resume=PATH)"
+            )
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def manifest(self) -> Manifest:
+        """Describe the current state; collective."""
+        run, stage = self.run, self.run.stage
+        return Manifest(
+            step=run.step,
+            stage=stage.number,
+            num_experts=stage.num_experts,
+            optimizer_step=max(self.layout.gather_objects(get_step(stage.optimizer))),
+            model=model_identity(self.settings, run.vocab_size),
+            vocab_size=run.vocab_size,
+            layout=self.settings.parallel.describe(self.layout.world_size),
+            fingerprints=take_fingerprints(stage.chunks, stage.optimizer, self.layout),
+            experts=expert_keys(stage.chunks, self.layout),
+            data={
+                "samples": run.samples,
+                "segments": [asdict(s) for s in run.data.segments],
+                "fingerprints": run.data.fingerprints,
+                "sequence_length": self.settings.data.sequence_length,
+            },
+            scheduler=stage.scheduler.state_dict(),
+            plans=list(run.plans),
+            tracker_id=run.tracker.run_id,
+            versions=versions(),
+            tokens=run.samples * self.settings.data.sequence_length,
+        )
+
+    def needed_bytes(self, growth: float = 1.0) -> int:
+        """Estimate of one checkpoint's size: weights, masters and two moments, over all ranks."""
+        stage = self.run.stage
+        parameters = sum(p.numel() for chunk in stage.chunks for p in chunk.parameters())
+        weight = 2 if self.settings.run.precision == "bf16" else 4
+        copies = max(1, self.layout.groups.dp_cp.size() // max(1, self.layout.groups.ep.size()))
+        return int(growth * parameters * (weight + 12) * self.layout.world_size / copies)
+
+    def save_unless_saved(self) -> Path:
+        """Save the current state as an ordinary checkpoint, unless it is on disk already; collective."""
+        run, stage = self.run, self.run.stage
+        expanded = bool(run.plans) and run.plans[-1]["step"] == run.step
+        name = checkpoint_name(run.step, stage.number, expanded)
+        if self._saved == (run.step, stage.number):
+            return self.folder.root / name
+        began = time.perf_counter()
+
+        def write(staging: Path) -> None:
+            save_tensors(staging / "tensors", stage.chunks, stage.optimizer, self.layout)
+            random_state.save(staging / "rng", self.layout.rank)
+
+        path = self.folder.write(name, self.manifest(), self.needed_bytes(), write)
+        self.saved(path, time.perf_counter() - began)
+        return path
+
+    def saved(self, path: Path, seconds: float) -> None:
+        """Take note of a published checkpoint, and retire old ones."""
+        self._saved = (self.run.step, self.run.stage.number)
+        self.run.checkpoint_event(path, seconds)
+        self.folder.retire({plan["step"] for plan in self.run.plans})
+
+    def save_if_due(self) -> None:
+        """Save at the configured interval; the end of a run is saved by `Run`."""
+        interval = self.settings.checkpoint.interval_steps
+        if interval and self.run.step % interval == 0 and self.run.step < self.settings.run.steps:
+            self.save_unless_saved()

@@ -1,0 +1,39 @@
+"""Generator states of one rank: torch's, CUDA's, and those mcore keeps per parallel coordinate."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+
+def capture() -> dict[str, Any]:
+    """Every generator state of this rank, as byte tensors."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    state["tracker"] = {name: value.clone() for name, value in get_cuda_rng_tracker().get_states().items()}
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Put back what `capture` returned."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states({name: value.clone() for name, value in state["tracker"].items()})
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """Where a rank's states lie in a checkpoint's `rng` folder."""
+    return folder / f"rank-{rank:05d}.pt"
+
+
+def save(folder: Path, rank: int) -> None:
+    """Write this rank's states."""
+    torch.save(capture(), rank_file(folder, rank))
+
+
+def load(folder: Path, rank: int) -> None:
+    """Read this rank's states; tensors only, nothing is unpickled."""
+    restore(torch.load(rank_file(folder, rank), weights_only=True))

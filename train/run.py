@@ -1,0 +1,232 @@
+"""One run: everything that lives longer than a stage, and the loop over its steps.
+
+`Run.open` prepares or resumes; `Run.train` is the loop one can read aloud. The expansion is one line in it
+(`train/expansion.py` carries it out between two optimizer steps, on all ranks or none).
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.build import count_parameters, experts_kind
+from model.divergence import sibling_divergence
+from model.load import load_figures
+from parallel.compat import versions
+from parallel.errors import CoppiceError
+from parallel.layout import Layout
+from train.checkpoint import Manifest, folder_bytes
+from train.config import RunSettings
+from train.console import Console
+from train.data import DataStream, plan_segments
+from train.expansion import expand
+from train.persistence import Persistence
+from train.run_files import RunFiles
+from train.settings import settings_to_dict, write_yaml
+from train.signals import StopRequest
+from train.stage import Stage, build_stage
+from train.step import evaluate, optimizer_step
+from train.tracking import Tracker, open_tracker
+
+
+class Run:
+    """State of a run between steps: the stage, the position, and where results go. Make it with `Run.open`."""
+
+    def __init__(self, settings: RunSettings, layout: Layout, corpora: list[Any]) -> None:
+        self.settings = settings
+        self.layout = layout
+        self.corpora = corpora
+        self.vocab_size: int = corpora[0][1].vocab_size
+        self.files = RunFiles(settings.run.dir)
+        self.console = Console(layout.rank, settings.run.steps)
+        self.step = 0
+        self.samples = 0
+        self.plans: list[dict[str, Any]] = []
+        self.last_valid_loss: float | None = None
+        self.tracker: Tracker = Tracker()
+        self.stage: Stage
+        self.data: DataStream
+        self.persistence: Persistence
+
+    @classmethod
+    def open(cls, settings: RunSettings, layout: Layout, corpora: list[Any]) -> "Run":
+        """Prepare a fresh run, or resume one from a checkpoint.
+
+        Args:
+            settings: checked settings.
+            layout: process groups.
+            corpora: opened corpora (`train.data.open_corpora`).
+
+        Raises:
+            CoppiceError: if the run directory is of another run, or a checkpoint cannot be used.
+        """
+        run = cls(settings, layout, corpora)
+        run.persistence = Persistence(run)
+        source = run.persistence.find_start()
+        with layout.together("preparing run.dir"):
+            if layout.rank == 0:
+                run.files.prepare()
+                write_yaml(settings, run.files.config)
+        manifest = run.persistence.check_start(source)
+        run.stage = build_stage(settings, manifest.stage if manifest else 0, layout, run.vocab_size)
+        run._open_data(manifest)
+        if manifest and source:
+            run.persistence.load(source, manifest)
+        run.tracker = open_tracker(
+            settings.tracking,
+            run.files.run_dir,
+            manifest.tracker_id if manifest else None,
+            settings_to_dict(settings),
+            layout.rank,
+        )
+        run._announce(source, manifest)
+        run.persistence.check_space()
+        return run
+
+    def _open_data(self, manifest: Manifest | None) -> None:
+        data, run = self.settings.data, self.settings.run
+        position = manifest.data["samples"] if manifest else 0
+        done = manifest.step if manifest else 0
+        known = self.persistence.known_segments(manifest)
+        segments = plan_segments(known, position + (run.steps - done) * data.global_batch_size, run.seed)
+        self.data = DataStream(
+            data,
+            self.corpora,
+            segments,
+            self.layout,
+            self.files.run_dir / "cache",
+            self.settings.evaluation.batches * data.global_batch_size,
+        )
+
+    def _announce(self, source: Path | None, manifest: Manifest | None) -> None:
+        counts = count_parameters(self.settings.model, self.stage.chunks, self.layout)
+        layout = self.settings.parallel.describe(self.layout.world_size)
+        self.console.opening(self.settings, counts, layout, self.data.micro_batches, experts_kind(self.settings.model))
+        self.event(
+            "start", num_experts=self.stage.num_experts, world_size=self.layout.world_size, layout=layout,
+            versions=versions(), **counts,
+        )
+        if manifest and source:
+            self.event("resume", checkpoint=str(source), stage=manifest.stage, num_experts=manifest.num_experts)
+            self.console.say(f"resumed from {source}: step {self.step}, stage {manifest.stage}, "
+                             f"{manifest.num_experts} experts, state verified")
+
+    def event(self, name: str, **details: Any) -> None:
+        """Record something that happened; rank 0 writes."""
+        if self.layout.rank == 0:
+            self.files.append_event(name, self.step, **details)
+
+    def train(self) -> str:
+        """Train to the end of the run, or to a request to stop.
+
+        Returns:
+            Why it ended: finished, stop_at_step or requested.
+        """
+        run = self.settings.run
+        with StopRequest() as stop:
+            while self.step < run.steps:
+                if self.expansion_due():
+                    expand(self)
+                stopping = self._one_step(stop)
+                self._evaluate_if_due()
+                self.persistence.save_if_due()
+                if stopping or self.step == run.stop_at_step:
+                    return self._finish("requested" if stopping else "stop_at_step")
+        return self._finish("finished")
+
+    def expansion_due(self) -> bool:
+        """Whether the expansion into the next stage belongs here, between this step and the next."""
+        stages = self.settings.upcycle.stages
+        return self.stage.number < len(stages) and stages[self.stage.number].at_step == self.step
+
+    def _one_step(self, stop: StopRequest) -> bool:
+        """Train one step and record it; True if any rank was asked to stop."""
+        began = time.perf_counter()
+        batches = self.data.train(self.samples)
+        loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
+        share_LE = self.stage.load.take(self.layout)
+        told = torch.stack([loss, torch.tensor(float(stop.name is not None), dtype=torch.float64, device=loss.device)])
+        total, stopping = self.layout.sum_over_world(told).tolist()
+        self.step += 1
+        self.samples += self.settings.data.global_batch_size
+        mean = total / (self.data.micro_batches * self.layout.data_size)
+        self._record(mean, grad_norm, time.perf_counter() - began, share_LE)
+        if not math.isfinite(mean):
+            raise CoppiceError(
+                f"loss is {mean} after step {self.step}: resume from an earlier checkpoint with a lower "
+                "schedule.learning_rate or optimizer.clip_grad"
+            )
+        return stopping > 0
+
+    def _record(self, loss: float, grad_norm: float, seconds: float, share_LE: torch.Tensor) -> None:
+        tokens = self.settings.data.global_batch_size * self.settings.data.sequence_length
+        record: dict[str, Any] = {
+            "step": self.step,
+            "stage": self.stage.number,
+            "num_experts": self.stage.num_experts,
+            "tokens": self.samples * self.settings.data.sequence_length,
+            "lm_loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": self.stage.optimizer.param_groups[0]["lr"],
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            **load_figures(share_LE),
+        }
+        if self.layout.rank == 0:
+            self.files.append_metrics(record)
+            if share_LE.numel() and (self.step % self.settings.run.load_interval_steps == 0 or self.step == 1):
+                self.files.append_expert_load({
+                    "step": self.step, "stage": self.stage.number, "num_experts": self.stage.num_experts,
+                    "layers": list(self.stage.load.layer_numbers),
+                    "share_LE": [[round(x, 6) for x in row] for row in share_LE.tolist()],
+                })
+        self.tracker.log(self.step, record)
+        if self.step % self.settings.run.log_interval_steps == 0 or self.step == 1:
+            self.console.progress(record, self._next_event())
+
+    def _next_event(self) -> str:
+        stages = self.settings.upcycle.stages[self.stage.number :]
+        if stages:
+            return f"expansion after step {stages[0].at_step}"
+        return f"end at {self.settings.run.steps}"
+
+    def _evaluate_if_due(self) -> None:
+        interval = self.settings.evaluation.interval_steps
+        if self.step == self.settings.run.steps or (interval and self.step % interval == 0):
+            self.evaluate()
+
+    def evaluate(self) -> float | None:
+        """Validation loss now, recorded with the divergence of siblings; None without held-out text."""
+        if not self.data.has_validation:
+            return None
+        config = self.settings.evaluation
+        loss = evaluate(self.stage, self.layout, self.data, config.batches)
+        parents = {x["layer"]: x["parents"] for x in self.plans[-1]["layers"]} if self.plans else {}
+        divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
+        tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
+        self.event("evaluation", valid_loss=loss, tokens=tokens, sibling_divergence=divergence)
+        self.tracker.log(self.step, {"valid_loss": loss})
+        self.console.say(f"step {self.step}: validation loss {loss:.4f}")
+        self.last_valid_loss = loss
+        return loss
+
+    def checkpoint_event(self, path: Path, seconds: float) -> None:
+        """Record a checkpoint that was just published."""
+        size = folder_bytes(path) if self.layout.rank == 0 else 0
+        self.event("checkpoint", path=str(path.relative_to(self.files.run_dir)), seconds=seconds, bytes=size)
+        self.console.say(f"step {self.step}: checkpoint {path.name}, {size / 2**20:.1f} MiB in {seconds:.1f} s")
+
+    def _finish(self, reason: str) -> str:
+        if self.settings.checkpoint.save_final or reason != "finished":
+            self.persistence.save_unless_saved()
+        self.event("stop", reason=reason)
+        self.console.say(f"stopped after step {self.step}: {reason}")
+        return reason
+
+    def close(self) -> None:
+        """End the threads of this run."""
+        self.tracker.close()
+        if hasattr(self, "data"):
+            self.data.close()
