@@ -163,6 +163,8 @@ class CheckpointFolder:
             write_tensors(staging)
         except OSError as e:
             raise CheckpointError(f"checkpoint {final} could not be written: {e.strerror or e}") from e
+        # Rank 0 renames the folder next; no rank may still be writing into it.
+        self.layout.barrier()
         with self.layout.together("publishing a checkpoint"):
             if self.layout.rank == 0:
                 self._publish(staging, final, manifest)

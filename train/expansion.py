@@ -160,7 +160,8 @@ def _grow(run: "Run", plan: ExpansionPlan, source: Path, clock: _Clock) -> None:
             persistence.load_stage(staging / "tensors", old.optimizer_step)
             run.stage.scheduler.load_state_dict(old.scheduler)
             random_state.restore(generators)
-            random_state.save(staging / "rng", layout.rank)
+            with layout.together("saving generator states"):
+                random_state.save(staging / "rng", layout.rank)
         with clock.act("verify"):
             found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
             verify_expansion(old.fingerprints, found, plan, experts)

@@ -248,7 +248,8 @@ class Persistence:
 
         def write(staging: Path) -> None:
             save_tensors(staging / "tensors", stage.chunks, stage.optimizer, self.layout)
-            random_state.save(staging / "rng", self.layout.rank)
+            with self.layout.together("saving generator states"):
+                random_state.save(staging / "rng", self.layout.rank)
 
         path = self.folder.write(name, self.manifest(), self.needed_bytes(), write)
         self.saved(path, time.perf_counter() - began)

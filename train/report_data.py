@@ -33,7 +33,7 @@ METRICS = (
     "expert_load_entropy",
     "dead_experts",
 )
-# Where an evaluation of the new model lies behind the step of the switch: after the line at + 0.5, before the next step.
+# Where an evaluation of the new model lies behind the step of the switch: after the line at + 0.5.
 BEHIND = 0.75
 # Share of a stage averaged for "training loss at its end", and the most steps that may be.
 END_SHARE, END_STEPS = 0.05, 100
@@ -213,6 +213,9 @@ def _events(files: RunFiles) -> list[Event]:
         if name == "resume":
             experts = number(details.get("num_experts"))
             first = next((i for i, event in enumerate(events) if _taken_back(event, step, experts)), len(events))
+            if 0 < first < len(events) and events[first].name == "expansion" and events[first - 1].name == "evaluation":
+                # The evaluation of the switch's outcome stands just before it.
+                first -= _is_outcome(number(events[first - 1].details.get("valid_loss")), events[first])
             events[first:] = [replace(event, superseded=True) for event in events[first:]]
         events.append(Event(str(record.get("time", "")), step, name, details))
     return events
@@ -239,7 +242,7 @@ def _sizes(events: list[Event]) -> dict[int, tuple[float | None, float | None]]:
 
 def _evaluations(events: list[Event]) -> list[Evaluation]:
     """The evaluations by position. The trainer writes the one that follows a switch just before the expansion event."""
-    found: dict[float, Evaluation] = {}
+    found: list[Evaluation] = []
     grown_at: int | None = None
     for event in events:
         if event.superseded:
@@ -249,16 +252,19 @@ def _evaluations(events: list[Event]) -> list[Evaluation]:
             values = {key: number(raw.get(key)) for key in ("mean", "min", "max")} if isinstance(raw, dict) else {}
             known = {key: value for key, value in values.items() if value is not None}
             position = event.step + (BEHIND if event.step == grown_at else 0.0)
-            # Of several at one position the last stands: a restarted run repeats them.
-            found[position] = Evaluation(event.step, position, number(event.details.get("valid_loss")), known or None)
+            found.append(Evaluation(event.step, position, number(event.details.get("valid_loss")), known or None))
         elif event.name == "expansion":
             grown_at = event.step
-            before, after = (number(event.details.get(f"valid_loss_{key}")) for key in ("before", "after"))
-            last = found.get(event.step)
-            if last is not None and after is not None and last.valid_loss == after:
-                found[event.step + BEHIND] = replace(last, position=event.step + BEHIND)
-                found[event.step] = Evaluation(event.step, event.step, before, None)
-    return [found[position] for position in sorted(found)]
+            if found and found[-1].step == event.step and _is_outcome(found[-1].valid_loss, event):
+                found[-1] = replace(found[-1], position=event.step + BEHIND)
+    # Of several at one position the last stands: a restarted run repeats them.
+    by_position = {evaluation.position: evaluation for evaluation in found}
+    return [by_position[position] for position in sorted(by_position)]
+
+
+def _is_outcome(loss: float | None, expansion: Event) -> bool:
+    """Whether a validation loss is the one an expansion recorded right after the switch."""
+    return loss is not None and loss == number(expansion.details.get("valid_loss_after"))
 
 
 def _checkpoints(events: list[Event]) -> list[Event]:

@@ -222,10 +222,10 @@ def _divergence(record: RunRecord, canvas: Canvas) -> Any:
 
 def _divergence_caption(record: RunRecord) -> str:
     return (
-        "How far replicas have moved apart, at each evaluation: 1 - cosine between the weights of a replica and those of "
-        "the first expert of its family, estimated on a fixed random sample of coordinates; mean over all replicas of "
-        "all layers (line with dots), smallest (dotted) and largest (dashed). No unit; 0 means still exact copies, so a "
-        "curve that leaves 0 shows that new experts learn something of their own."
+        "How far replicas have moved apart, at each evaluation: 1 - cosine between the weights of a replica and of the "
+        "first expert of its family, estimated on a fixed random sample of coordinates; mean over all replicas of all "
+        "layers (line with dots), smallest (dotted) and largest (dashed). No unit; 0 means still exact copies: a curve "
+        "that leaves 0 shows that new experts learn something of their own."
     )
 
 
@@ -237,12 +237,17 @@ def _optimizer(record: RunRecord, canvas: Canvas) -> Any:
         values = record.columns[column]
         # Room for ordinary noise; a lone spike leaves the axis rather than flatten it.
         set_limits(axis, means, np.array([0.0, np.quantile(values[np.isfinite(values)], 0.995)]))
-        axis.yaxis.set_major_locator(MaxNLocator(5))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axis.yaxis.set_major_formatter(FuncFormatter(_small_text))
         axis.set_title(title)
         step_axis(axis, record, canvas)
         mark_expansions(axis, record.expansions)
     return figure
+
+
+def _small_text(value: float, _: object) -> str:
+    """A tick of an axis whose values may be far below one."""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
 
 def _optimizer_caption(record: RunRecord) -> str:

@@ -48,8 +48,8 @@ def _plan(step: int, stage: int, before: int, after: int, layers: int, greedy: b
         "stage": stage,
         "experts_before": before,
         "experts_after": after,
-        "selection": {"name": "greedy", "utility": "grad_norm"} if greedy else {"name": "uniform"},
-        "placement": {"expert_ranks": 2, "rule": "contiguous"},
+        "selection": {"rule": "greedy", "utility": "grad_norm"} if greedy else {"rule": "uniform"},
+        "placement": {"rule": "near"},
         "optimizer_rule": "copy",
         "bias_noise": 1e-3,
         "seed": 1234,
@@ -113,19 +113,25 @@ def make_run(
             (run_dir / path).write_text(json.dumps(plan))
             checkpoint = f"checkpoints/step-{step:08d}-stage{stage - 1}"
             (run_dir / checkpoint).mkdir()
+            # In the trainer's order: the outcome is evaluated before the event of the expansion is written.
+            files.append_event("evaluation", step=step, valid_loss=loss + 0.02, tokens=16_384, sibling_divergence=None)
             files.append_event("checkpoint", step=step, path=checkpoint, seconds=0.42, bytes=31_457_280)
+            none = {"mean": 0.0, "min": 0.0, "max": 0.0}
+            files.append_event(
+                "evaluation", step=step, valid_loss=loss + 0.02 + jump, tokens=16_384, sibling_divergence=none
+            )
             files.append_event(
                 "expansion",
                 step=step,
                 stage=stage,
                 from_experts=before,
                 to_experts=experts,
-                selection="greedy" if greedy else "uniform",
+                selection=plan["selection"],
                 plan=path,
                 valid_loss_before=loss + 0.02,
                 valid_loss_after=loss + 0.02 + jump,
                 pause_seconds=2.31,
-                seconds={"save": 0.42, "plan": 0.05, "transform": 0.11, "rebuild": 0.9, "load": 0.55, "verify": 0.2},
+                seconds={"plan": 0.05, "save": 0.42, "transform": 0.11, "rebuild": 0.9, "load": 0.55, "verify": 0.2},
             )
             popularity = [
                 popularity[i][plan["layers"][i]["parents"]] * rng.gamma(8.0, 1.0, experts) for i in range(layers)
