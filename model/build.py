@@ -103,7 +103,7 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        virtual_pipeline_model_parallel_size=parallel.interleaved(),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -208,7 +208,7 @@ def build_chunks(
     config = transformer_config(model, num_experts, layout, precision)
     chunks = []
     for index in range(layout.config.chunks()):
-        vp_stage = index if layout.config.virtual_pipeline else None
+        vp_stage = index if layout.config.interleaved() else None
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=_block_spec(model, config, vp_stage),

@@ -78,14 +78,22 @@ def prepare_megatron() -> None:
         moe_utils.te_general_gemm = None
 
 
+# Warnings that mcore's use of torch provokes (attributed to torch's files, or to the CPU runtime's).
+_HARMLESS_WARNINGS = (
+    r".*torch\.distributed\.\w+` is deprecated",  # torch >= 2.13 renames collectives that mcore calls every step
+    "The .grad attribute of a Tensor that is not a leaf",  # the distributed optimizer works on slices of parameters
+    "Please use DTensor instead and we are deprecating ShardedTensor",  # saving, as the next two: loading
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+    "The argument order of load has been changed",
+)
+
+
 def quiet_megatron() -> None:
-    """Silences what mcore says at import, construction and every step, and that a user of Coppice cannot act on."""
+    """Silences what mcore says at import, construction, every step and every save; a user can act on none of it."""
     # "Transformer Engine is not installed", "full scope is deprecated", "MimoModelConfig is experimental", ...
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    # torch >= 2.13 renames collectives that mcore calls every step.
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    # the distributed optimizer sets .grad on slices of parameters
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning)
+    for message in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
 
@@ -203,6 +211,7 @@ def save_sharded(
 
     Args:
         sharded_state_dict: `ShardedTensor`s and `ShardedObject`s of mcore, and plain values (rank 0's are written).
+            Its factories are replaced by what they build.
         directory: where to write, on storage that all ranks see; created if need be. What is in it is overwritten.
         parallel_group: data-parallel group that shares out the writing of what its ranks hold alike; without one
             the main replica of each tensor writes it.
@@ -214,14 +223,14 @@ def save_sharded(
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-    sharded, plain = save_preprocess(sharded_state_dict, False)
+    sharded, _ = save_preprocess(sharded_state_dict, False)
     _check_shards(sharded, directory)
     strategy = _synchronous_strategy()
     if parallel_group is not None:
         strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
     try:
         os.makedirs(directory, exist_ok=True)
-        dist_checkpointing.save(sharded | plain, directory, strategy, validate_access_integrity=False)
+        dist_checkpointing.save(sharded_state_dict, directory, strategy, validate_access_integrity=False)
     except (OSError, torch.distributed.checkpoint.CheckpointException) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
 

@@ -75,6 +75,10 @@ class ParallelConfig:
         """Model chunks each rank holds."""
         return self.virtual_pipeline or 1
 
+    def interleaved(self) -> int | None:
+        """mcore's virtual pipeline size: None where each rank holds one chunk."""
+        return self.chunks() if self.chunks() > 1 else None
+
     def describe(self, world_size: int) -> dict[str, int]:
         """The layout as plain numbers, for logs, events and checkpoints."""
         return {

@@ -106,7 +106,7 @@ class Layout:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
-            virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+            virtual_pipeline_model_parallel_size=config.interleaved(),
             context_parallel_size=config.context,
             expert_model_parallel_size=config.expert,
             expert_tensor_parallel_size=config.expert_tensor,

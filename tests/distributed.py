@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -36,7 +37,7 @@ from typing import Any
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 _GRACE_SECONDS = 1.0  # after the first failure, for the others to report theirs
-_EXIT_SECONDS = 20.0  # after the last report, for the processes to end by themselves
+_EXIT_SECONDS = 20.0  # after its report, or the end of its pipe, for a process to end by itself
 _TAIL_CHARACTERS = 6000
 _SERVER_MARK = "COPPICE_TEST_FORK_SERVER"
 
@@ -114,7 +115,22 @@ def run_distributed(
                 pipe.close()
             for rank in range(world_size):
                 _echo(f"{folder}/{rank}", rank)
-    return [pickle.loads(report.result) for report in reports]
+    return [_unpack(report.result) for report in reports if report and report.result]
+
+
+def _pack(value: Any) -> bytes:
+    """Pickles a result. mcore 0.19 changes how plain pickle stores tensors, and reading that would import mcore."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(packed: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(packed), weights_only=False)
 
 
 def _free_port() -> int:
@@ -163,39 +179,41 @@ def _environment(**values: str) -> Iterator[None]:
 def _collect(processes: list[Any], pipes: list[Any], deadline: float) -> list[_Report | None]:
     """Waits for every rank's report; stops soon after the first failure, and at the deadline."""
     reports: list[_Report | None] = [None] * len(pipes)
-    open_ranks = set(range(len(pipes)))
-    while open_ranks and (left := deadline - time.monotonic()) > 0:
-        ready = multiprocessing.connection.wait([pipes[rank] for rank in open_ranks], left)
-        for rank in [rank for rank in open_ranks if pipes[rank] in ready]:
-            open_ranks.remove(rank)
-            with contextlib.suppress(EOFError):  # died without a word; its end of the pipe is closed
-                reports[rank] = pipes[rank].recv()
-            if reports[rank] is None or reports[rank].result is None:
+    waiting = set(range(len(pipes)))
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        ready = multiprocessing.connection.wait([pipes[rank] for rank in waiting], left)
+        for rank in [rank for rank in waiting if pipes[rank] in ready]:
+            waiting.remove(rank)
+            try:
+                report: _Report = pipes[rank].recv()
+            except EOFError:  # died without a word
+                processes[rank].join(_EXIT_SECONDS)
+                report = _Report(time.monotonic(), text="died")
+            reports[rank] = report
+            if report.result is None:
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     return reports
 
 
 def _raise_first_failure(reports: list[_Report | None], processes: list[Any], folder: str, timeout: float) -> None:
-    failures = [(report.time, rank) for rank, report in enumerate(reports) if report and report.result is None]
-    silent = [rank for rank, report in enumerate(reports) if report is None]
-    for rank in silent:
-        processes[rank].join(0.2)
-    dead = [rank for rank in silent if processes[rank].exitcode is not None]
+    """Raises what tells most: a rank that died, else the first exception, else the stacks of the ranks that hang."""
+    dead = [rank for rank, report in enumerate(reports) if report and report.text == "died"]
     if dead:
         codes = ", ".join(f"rank {rank} with exit code {processes[rank].exitcode}" for rank in dead)
         raise RankError(f"died without a report: {codes}\n" + "".join(_tail(folder, rank) for rank in dead))
+    failures = [(report.time, rank, report) for rank, report in enumerate(reports) if report and report.result is None]
     if failures:
-        _, rank = min(failures)
-        report = reports[rank]
+        _, rank, report = min(failures, key=lambda failure: failure[0])
         cause = _ChildTraceback(f"rank {rank} of {len(reports)} raised:\n{report.text}{_tail(folder, rank)}")
-        try:
-            error = pickle.loads(report.error)
-        except Exception:
-            error = RankError(f"rank {rank} raised {report.text.splitlines()[-1]}")
+        error: BaseException = RankError(f"rank {rank} raised {report.text.splitlines()[-1]}")
+        if report.error is not None:
+            with contextlib.suppress(Exception):
+                error = pickle.loads(report.error)
         raise error from cause
-    if silent:
-        stacks = "".join(_stack(processes[rank], folder, rank) for rank in silent)
-        raise RankError(f"ranks {silent} did not finish within {timeout} s; their stacks:\n{stacks}")
+    hanging = [rank for rank, report in enumerate(reports) if report is None]
+    if hanging:
+        stacks = "".join(_stack(processes[rank], folder, rank) for rank in hanging)
+        raise RankError(f"ranks {hanging} did not finish within {timeout} s; their stacks:\n{stacks}")
 
 
 def _stack(process: Any, folder: str, rank: int) -> str:
@@ -235,9 +253,10 @@ def _child(sender: Any, call: bytes, environment: dict[str, str], log: str, init
     os.dup2(output, 1)
     os.dup2(output, 2)
     stacks = open(f"{log}.stack", "w")  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     try:
-        result = pickle.dumps(_call(call, init))
+        result = _pack(_call(call, init))
     except BaseException as error:
         text = traceback.format_exc()
         try:

@@ -8,31 +8,40 @@ import contextlib
 import gc
 import importlib
 import os
+import pkgutil
 
 import torch
 
 from parallel.compat import quiet_megatron
 from parallel.cpu_runtime import disable_compile
 
-if not torch.cuda.is_available():
-    disable_compile()  # read when mcore is imported
-quiet_megatron()
-for name in (
+_MODULES = (
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.optimizer_param_scheduler",
     "megatron.core.pipeline_parallel.schedules",
-    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.datasets.blended_megatron_dataset_builder",
-    "omegaconf",
-    "pytest",
+    "torch._dynamo",  # torch imports it when the first optimizer is made
+    "hydra",
+    "tokenizers",
+    "wandb",
     "tests.distributed",
-):
-    with contextlib.suppress(ImportError):  # the child that needs it says so
+)
+_PACKAGES = ("parallel", "model", "upcycle", "train")
+
+if not torch.cuda.is_available():
+    disable_compile()  # read when mcore is imported
+quiet_megatron()
+for package in _PACKAGES:
+    _MODULES += tuple(f"{package}.{found.name}" for found in pkgutil.iter_modules([package]))
+for name in _MODULES:
+    with contextlib.suppress(Exception):  # the child that needs it raises again, where a test sees it
         importlib.import_module(name)
+
 # The server has nothing to clean up, and taking down torch's CUDA bindings in order prints pages of leak reports.
 atexit.register(os._exit, 0)
 gc.collect()

@@ -93,6 +93,8 @@ class DataStream:
         self.layout = layout
         self.tokenizer: Tokenizer = corpora[0][1].tokenizer()
         self.fingerprints = [manifest.fingerprint for _, manifest in corpora]
+        # mcore names its cached indices after this; a blend is all of its corpora.
+        self.tokenizer.corpus_fingerprint = "+".join(self.fingerprints)
         self._train: list[GPTDataset] = []
         self._valid: GPTDataset | None = None
         for i, segment in enumerate(segments):

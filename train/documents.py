@@ -74,7 +74,9 @@ def find_sources(inputs: Sequence[str], include: Sequence[str]) -> tuple[list[So
         if not root.exists():
             raise DataError(f"INPUT {entry}: no such file or folder")
         if not root.is_dir() and not root.is_file():
-            raise DataError(f"INPUT {entry}: neither a file nor a folder (files are read twice): write it to a file first")
+            raise DataError(
+                f"INPUT {entry}: neither a file nor a folder (files are read twice): write it to a file first"
+            )
         label = STDLIB if entry == STDLIB else root.resolve().name
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:  # a/part.jsonl and b/part.jsonl must not share document names

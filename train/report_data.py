@@ -183,24 +183,34 @@ def number(value: object) -> float | None:
 def _columns(files: RunFiles) -> tuple[Floats, dict[str, Floats], Floats, Floats]:
     """The metrics as columns, sorted by step, each step once (the last line wins), null and absent as NaN."""
     keys = ("step", "stage", "num_experts", *METRICS)
-    lists: dict[str, list[float]] = {key: [] for key in keys}
-    for line, record in numbered_records(files.metrics):
+    blocks: list[Floats] = []
+    # In blocks: a long run's metrics as Python numbers would take ten times their size as an array.
+    records = numbered_records(files.metrics)
+    while block := list(itertools.islice(records, 10_000)):
+        try:
+            blocks.append(np.array([[*map(record.get, keys)] for _, record in block], dtype=np.float64))
+        except (TypeError, ValueError):
+            raise _bad_metric(files, block, keys) from None
+        if not np.isfinite(blocks[-1][:, 0]).all():
+            raise _bad_metric(files, block, keys)
+    if not blocks:
+        raise DataError(f"{files.metrics}: empty: the run has not finished its first step, so there is nothing to show")
+    table = np.concatenate(blocks)
+    # The sort is stable: of several lines with one step the last written stands.
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    table = table[np.append(table[1:, 0] != table[:-1, 0], True)]
+    columns = {key: np.ascontiguousarray(table[:, i]) for i, key in enumerate(keys)}
+    return columns["step"], {key: columns[key] for key in METRICS}, columns["stage"], columns["num_experts"]
+
+
+def _bad_metric(files: RunFiles, block: list[tuple[int, dict[str, Any]]], keys: tuple[str, ...]) -> DataError:
+    """The error for the first value of a block that is not a number, or the first line without a step."""
+    for line, record in block:
         for key in keys:
             value = record.get(key)
-            if value is None and key != "step":
-                value = float("nan")
-            elif not isinstance(value, int | float):
-                raise DataError(f"{files.metrics}:{line}: {key}={value!r} is not a number: remove this line")
-            lists[key].append(value)
-    if not lists["step"]:
-        raise DataError(f"{files.metrics}: empty: the run has not finished its first step, so there is nothing to show")
-    table = {key: np.array(values, dtype=np.float64) for key, values in lists.items()}
-    # The sort is stable: of several lines with one step the last written stands.
-    order = np.argsort(table["step"], kind="stable")
-    ordered = table["step"][order]
-    order = order[np.append(ordered[1:] != ordered[:-1], True)]
-    table = {key: values[order] for key, values in table.items()}
-    return table["step"], {key: table[key] for key in METRICS}, table["stage"], table["num_experts"]
+            if not isinstance(value, int | float) and not (value is None and key != "step"):
+                return DataError(f"{files.metrics}:{line}: {key}={value!r} is not a number: remove this line")
+    return DataError(f"{files.metrics}: holds a value that is not a number")
 
 
 def _events(files: RunFiles) -> list[Event]:

@@ -77,6 +77,8 @@ def _loss(record: RunRecord, canvas: Canvas) -> Any:
     if len(valid_x):
         line = {"color": SECOND, "linestyle": (0, (1, 1.5)), "linewidth": 1.0, "zorder": 4}
         marker = {"marker": "s", "markersize": 4, "markerfacecolor": "white", "markeredgewidth": 1.1}
+        # Squares that touch would hide the curve: at most forty.
+        marker["markevery"] = max(1, len(valid_x) // 40)
         axis.plot(valid_x, valid_y, label="validation", **line, **marker)
     set_limits(axis, smooth, valid_y)
     axis.set_ylabel("loss (nats per token)")
@@ -108,9 +110,10 @@ def _validations(record: RunRecord) -> tuple[Floats, Floats]:
 
 
 def _zoom(axis: Any, record: RunRecord, expansion: Expansion, small: bool, first_in_row: bool) -> None:
-    half = _zoom_half_width(record)
-    low, high = expansion.position - half, expansion.position + half
-    smooth = curve(axis, record, "lm_loss", inside=(low, high))
+    half, window = _zoom_size(record)
+    low = max(expansion.position - half, float(record.steps_S[0]) - 0.75)
+    high = max(min(expansion.position + half, float(record.steps_S[-1]) + 0.75), expansion.position + 0.75)
+    smooth = curve(axis, record, "lm_loss", inside=(low, high), window=window)
     before, after = expansion.loss_before, expansion.loss_after
     hollow = {"color": SECOND, "markerfacecolor": "white", "markersize": 7.5, "markeredgewidth": 1.5, "zorder": 6}
     if before is not None:
@@ -133,9 +136,10 @@ def _zoom(axis: Any, record: RunRecord, expansion: Expansion, small: bool, first
         axis.legend(loc="best")
 
 
-def _zoom_half_width(record: RunRecord) -> float:
-    """Steps shown on each side of a switch in its zoom panel."""
-    return float(min(400.0, max(12.0, 0.06 * (record.steps_S[-1] - record.steps_S[0]))))
+def _zoom_size(record: RunRecord) -> tuple[float, int]:
+    """Steps shown on each side of a switch in its zoom panel, and in the moving mean there."""
+    half = float(min(400.0, max(12.0, 0.06 * (record.steps_S[-1] - record.steps_S[0]))))
+    return half, max(1, min(smooth_window(record), round(half / 8)))
 
 
 def _loss_caption(record: RunRecord) -> str:
@@ -150,11 +154,13 @@ def _loss_caption(record: RunRecord) -> str:
         text += "; squares are the loss on held-out validation batches"
     text += "."
     if record.expansions:
-        half = _zoom_half_width(record)
+        half, zoom_window = _zoom_size(record)
         text += (
             " Dashed lines mark expansions, with the number of experts per layer before and after. "
-            f"Below: {half:.0f} steps on each side of the switch, with the validation loss measured on the same "
-            "batches just before it (circle) and just after it (cross). Axes are cut to the range of the dark curve."
+            f"Below: up to {half:.0f} steps on each side of the switch, with the validation loss measured on the same "
+            "batches just before it (circle) and just after it (cross)"
+            + (f"; the dark curve is the mean over {zoom_window} steps. " if zoom_window > 1 else ". ")
+            + "Axes are cut to the range of the dark curve."
         )
         if len(record.expansions) > MAX_ZOOMS:
             text += f" Zooms are drawn for the first {MAX_ZOOMS} expansions."
@@ -233,7 +239,7 @@ def _optimizer(record: RunRecord, canvas: Canvas) -> Any:
     panels = [c for c in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")) if record.has(c[0])]
     figure = new_figure(canvas, 0.2 + 1.9 * len(panels))
     for axis, (column, title) in zip(figure.subplots(len(panels), 1, squeeze=False).ravel(), panels, strict=True):
-        means = curve(axis, record, column, smooth=column == "grad_norm")
+        means = curve(axis, record, column, window=None if column == "grad_norm" else 1)
         values = record.columns[column]
         # Room for ordinary noise; a lone spike leaves the axis rather than flatten it.
         set_limits(axis, means, np.array([0.0, np.quantile(values[np.isfinite(values)], 0.995)]))
@@ -279,7 +285,7 @@ def _throughput(record: RunRecord, canvas: Canvas) -> Any:
 
 def _throughput_caption(record: RunRecord) -> str:
     medians = "; ".join(
-        f"{stage.tokens_per_second:,.0f} with {stage.num_experts or 'no'} experts"
+        f"{stage.tokens_per_second:,.0f}" + (f" with {stage.num_experts} experts" if stage.num_experts else "")
         for stage in record.stages
         if stage.tokens_per_second is not None
     )

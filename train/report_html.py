@@ -126,7 +126,8 @@ def _tiles(record: RunRecord) -> str:
         last = record.expansions[-1]
         which = f"after step {last.step:,}"
         change = f"{change_text(last.loss_before, last.loss_after)} at the switch"
-        tiles.append(("Validation loss before the switch", loss_text(last.loss_before), which))
+        switch = "the switch" if len(record.expansions) == 1 else "the last switch"
+        tiles.append((f"Validation loss before {switch}", loss_text(last.loss_before), which))
         tiles.append(("Validation loss right after", loss_text(last.loss_after), change))
     value, step, kind = record.end_loss
     end_note = (
@@ -137,7 +138,7 @@ def _tiles(record: RunRecord) -> str:
         last = record.expansions[-1]
         tiles.append(
             (
-                "Pause at the switch",
+                f"Pause at {switch}",
                 seconds_text(last.pause_seconds),
                 f"{last.from_experts} {ARROW} {last.to_experts} experts",
             )
@@ -179,7 +180,7 @@ def _stages(record: RunRecord) -> str:
         [
             str(stage.index),
             str(stage.num_experts) if stage.num_experts else "dense",
-            f"{stage.first_step:,}\N{EN DASH}{stage.last_step:,}",
+            f"{stage.first_step:,}" + (f"\N{EN DASH}{stage.last_step:,}" if stage.stop - stage.start > 1 else ""),
             large_text(stage.tokens),
             loss_text(stage.end_loss),
             whole_text(stage.tokens_per_second),
@@ -218,8 +219,9 @@ def _expansion(expansion: Expansion) -> str:
         ("placement", "Placement"),
         ("digest", "Plan digest"),
     ):
-        if plan.get(key) is not None:
-            rows.append((name, details_text(plan[key])))
+        value = plan.get(key)
+        if value is not None:
+            rows.append((name, selection_text(value) if isinstance(value, dict) else details_text(value)))
     title = f"Expansion after step {expansion.step:,}"
     return f"<h2>{title}</h2>{_pairs(rows)}{_pause_and_copies(expansion)}"
 
@@ -243,7 +245,7 @@ def _pause_and_copies(expansion: Expansion) -> str:
     if not histogram:
         return text + '<p class="note">The plan of this expansion is not in plans/.</p>'
     if len(histogram) == 1:
-        return text + f'<p class="note">Every expert of every layer has {histogram[0][0]} copies.</p>'
+        return text
     families, total = largest_families(expansion)
     names = ", ".join(
         f"layer {layer} expert {expert}" + (f" ({score:.3g})" if score is not None else "")
@@ -276,9 +278,12 @@ def _pause(expansion: Expansion) -> str:
 def _copies(histogram: list[tuple[int, int]]) -> str:
     if not histogram:
         return ""
+    title = "<h3>Copies per expert, itself included</h3>"
+    if len(histogram) == 1:
+        return f"{title}<p>Every expert of every layer has {histogram[0][0]} copies.</p>"
     most = max(experts for _, experts in histogram)
     rows = [(str(size), f"{experts:,}", experts / most) for size, experts in histogram]
-    return f"<h3>Copies per expert, itself included</h3>{_bars(('copies', 'experts, all layers'), rows)}"
+    return f"{title}{_bars(('copies', 'experts, all layers'), rows)}"
 
 
 def _figure(figure: ReportFigure) -> str:

@@ -127,8 +127,9 @@ def step_ticks(axis: Any, ticks: int, inset: float = 0.0) -> None:
     low, high = axis.get_xlim()
     margin = inset * (high - low)
     found = MaxNLocator(ticks, integer=True, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    axis.set_xticks([tick for tick in found if low + margin <= tick <= high - margin])
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count_text(x) if abs(x) >= 1e5 else f"{x:,.0f}"))
+    # A range below one step is cut into fractions, which would all be labelled with the same step.
+    axis.set_xticks([tick for tick in found if low + margin <= tick <= high - margin and tick == round(tick)])
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count_text(x) if high >= 1e5 else f"{x:,.0f}"))
 
 
 def step_axis(axis: Any, record: RunRecord, canvas: Canvas, ticks: int = 8) -> None:
@@ -164,7 +165,7 @@ def curve(
     column: str,
     label: str = "",
     inside: tuple[float, float] | None = None,
-    smooth: bool = True,
+    window: int | None = None,
 ) -> Floats:
     """Draw a column: raw values faint, their moving mean strong, nothing averaged or joined across a switch.
 
@@ -174,13 +175,13 @@ def curve(
         column: which metric.
         label: names the curve in a legend; empty for none.
         inside: only the steps between these two, for a zoom.
-        smooth: False for a metric without noise, which is then drawn as it is.
+        window: steps in the moving mean, 1 for a metric without noise; `smooth_window` by default.
 
     Returns:
         The moving mean of every step, for the limits of the axis.
     """
     values = record.columns[column]
-    window = smooth_window(record) if smooth else 1
+    window = smooth_window(record) if window is None else window
     means = np.full(len(values), np.nan)
     for i, stage in enumerate(record.stages):
         rows = np.arange(stage.start, stage.stop)

@@ -27,6 +27,8 @@ from parallel.errors import DataError
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o644
+# One for all lines: json.loads would build one per call. NaN, which we never write but others may, reads as null.
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 
 
 class RunFiles:
@@ -226,7 +228,7 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
 def _loads(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line, or None where there is none."""
     try:
-        record = json.loads(line, parse_constant=lambda _: None)
+        record = _DECODER.decode(line.decode("utf-8").strip())
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -23,7 +23,8 @@ def _loss(mask: torch.Tensor, layout: Layout, output: torch.Tensor) -> tuple[tor
     flat = mask.reshape(-1).float()
     count = layout.sum_over(flat.sum(), layout.groups.cp)
     loss = (output.float().reshape(-1) * flat).sum() / count
-    return loss, {"loss": loss.detach()}
+    # A copy: mcore scales the loss it differentiates in place.
+    return loss, {"loss": loss.detach().clone()}
 
 
 def _forward(layout: Layout, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -129,6 +130,16 @@ def test_second_build_is_the_same_byte_for_byte(tmp_path: Path, texts: dict[str,
     other = build(tmp_path, tokenizer=spec, output="three/c", seed=1)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert everything_below(tmp_path / "one") == everything_below(tmp_path / "two")
+
+
+def test_bpe_learns_from_the_training_documents_only(tmp_path: Path, texts: dict[str, str]) -> None:
+    manifest = build(tmp_path, tokenizer="bpe:300", validation_fraction=0.5)
+    tokenizer = manifest.tokenizer()
+    train_bpe([tokenizer.detokenize(ids) for ids in stored(manifest, "train")], 300, tmp_path / "train.json")
+    assert manifest.tokenizer_file is not None
+    assert manifest.tokenizer_file.read_bytes() == (tmp_path / "train.json").read_bytes()
+    train_bpe(texts.values(), 300, tmp_path / "all.json")
+    assert manifest.tokenizer_file.read_bytes() != (tmp_path / "all.json").read_bytes()
 
 
 def test_bpe_training_is_the_same_in_another_process(tmp_path: Path) -> None:
@@ -354,6 +365,12 @@ def test_failure_or_interruption_at_any_rename_leaves_no_corpus(
     assert main([str(tmp_path / "in"), "--output", str(tmp_path / "out/c")]) == 130
     assert not (tmp_path / "out").exists()
 
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(token_files.os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        main([str(tmp_path / "in"), "--output", str(tmp_path / "out/c")])
+    assert not (tmp_path / "out").exists() and signal.getsignal(signal.SIGTERM) is handler
+
 
 def test_file_that_changes_during_the_build_stops_it(tmp_path: Path, texts: dict[str, str]) -> None:
     for change in ("more text than before\n", ""):
@@ -365,6 +382,13 @@ def test_file_that_changes_during_the_build_stops_it(tmp_path: Path, texts: dict
         with pytest.raises(DataError, match=r"in/c.py: changed while"):
             build_corpus(CorpusRequest((str(tmp_path / "in"),), str(tmp_path / "out/c")), say)
         assert not (tmp_path / "out").exists()
+
+    def shorten(line: str) -> None:
+        if line.startswith("tokenizing"):
+            (tmp_path / "in/d.jsonl").write_text('{"text": "line 0\u2028not a new line"}')
+
+    with pytest.raises(DataError, match=r"d.jsonl: lost documents"):
+        build_corpus(CorpusRequest((str(tmp_path / "in/d.jsonl"),), str(tmp_path / "out/c")), shorten)
 
 
 def cut(path: Path) -> None:

@@ -1,0 +1,63 @@
+# Coppice. `make demo` and `make test` are all a new user needs; `make help` lists the rest.
+PYTHON   ?= python3.11
+VENV     ?= .venv
+PIP_ARGS ?=
+BIN      := $(VENV)/bin
+STAMP    := $(VENV)/.ready
+RUN      ?= runs/demo
+# The 3.12 environment of `make test-latest`.
+PYTHON312 ?= python3.12
+VENV312   := .venv312
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup corpus demo test test-slow test-latest check bench report clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## prepare .venv from exact constraints
+
+$(STAMP): pyproject.toml constraints/py311.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed: install Python 3.11, or name one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py311.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py311.txt -e '.[dev]'
+	@touch $@
+
+corpus: runs/corpus/stdlib.json  ## tokenise the text of Python's own standard library
+
+runs/corpus/stdlib.json: | $(STAMP)
+	@mkdir -p runs/corpus
+	$(BIN)/python -m train.corpus stdlib --output runs/corpus/stdlib
+
+demo: setup corpus  ## train a real expert-parallel MoE on 2 CPU processes and grow it (FRESH=1 starts anew, keeping the old run)
+	@FRESH=$(FRESH) RUN=$(RUN) VENV=$(VENV) sh launch/demo.sh
+
+test: setup  ## the fast test suite (what CI runs)
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+test-slow: setup  ## long proofs: every layout
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+$(VENV312)/.ready: pyproject.toml constraints/py312.txt
+	$(PYTHON312) -m venv $(VENV312)
+	$(VENV312)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py312.txt torch
+	$(VENV312)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py312.txt -e '.[dev]'
+	@touch $@
+
+test-latest: $(VENV312)/.ready  ## the fast suite on Python 3.12 and the newest megatron-core
+	$(VENV312)/bin/python -m pytest -m "not slow" --durations=15
+
+check: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup corpus  ## benchmarks/: step overhead and grouped experts, side by side
+	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/grouped_experts.py
+
+report: setup  ## redraw RUN/report.html
+	$(BIN)/python -m train.report $(RUN)
+
+clean:  ## remove environments and caches, never runs
+	rm -rf $(VENV) $(VENV312) .pytest_cache .mypy_cache .ruff_cache *.egg-info
