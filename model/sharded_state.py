@@ -6,6 +6,7 @@ positions) travels in the checkpoint's manifest (`train/checkpoint.py`), because
 EP=1 and EP>1 and between mcore versions.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from model.build import moe_parts
 from parallel.compat import OPTIMIZER_METADATA, load_sharded, save_sharded
@@ -21,6 +23,7 @@ from parallel.layout import Layout
 from parallel.optimizer_state import allocate_state, chained, forget_step, set_step
 
 OPTIMIZER_PREFIX = "optimizer.state."
+MASTER_PREFIX = "optimizer.state.param."
 
 
 def metadata(layout: Layout) -> dict[str, Any]:
@@ -41,11 +44,27 @@ def model_state(chunks: list[GPTModel], layout: Layout) -> dict[str, Any]:
 
 
 def optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout, *, loading: bool) -> list[Any]:
-    """mcore's sharded optimizer state, one tree per optimizer of the chain."""
+    """mcore's sharded optimizer state, one tree per optimizer of the chain, under the distributed optimizer's keys."""
     flat = {f"{name}.{key}": value for name, part in model.items() for key, value in part.items()}
-    return [
-        single.sharded_state_dict(flat, is_loading=loading, metadata=metadata(layout)) for single in chained(optimizer)
-    ]
+    trees = []
+    for single in chained(optimizer):
+        tree = single.sharded_state_dict(flat, is_loading=loading, metadata=metadata(layout))
+        if not isinstance(single, DistributedOptimizer):
+            _use_distributed_keys(single, tree, flat, loading)
+        trees.append(tree)
+    return trees
+
+
+def _use_distributed_keys(single: Any, tree: dict[str, Any], model: dict[str, Any], loading: bool) -> None:
+    """Name masters as the distributed optimizer does, so that either kind reads what the other wrote."""
+    for _, leaf in _sharded_leaves(tree):
+        leaf.key = leaf.key.replace(f"{OPTIMIZER_PREFIX}fp32_param.", MASTER_PREFIX, 1)
+    if isinstance(single, FP32Optimizer) and not loading:
+        # The weights are their own masters; the distributed optimizer will look for both.
+        mine = {id(p) for p in single.get_parameters()}
+        tree["masters"] = [
+            dataclasses.replace(leaf, key=MASTER_PREFIX + leaf.key) for leaf in model.values() if id(leaf.data) in mine
+        ]
 
 
 def _sharded_leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], ShardedBase]]:
@@ -107,7 +126,9 @@ def load_tensors(
         trees = optimizer_state(optimizer, dict(request), layout, loading=True)
         request["optimizer"] = _flatten(trees)
     loaded, missing, unexpected = load_sharded(request, str(directory), strict=False)
-    _refuse_difference(directory, missing, unexpected, with_optimizer)
+    plain_fp32 = all(isinstance(single, FP32Optimizer) for single in chained(optimizer))
+    ignored = () if with_optimizer else (OPTIMIZER_PREFIX,)
+    _refuse_difference(directory, missing, unexpected, (MASTER_PREFIX,) if plain_fp32 and with_optimizer else ignored)
     for i, chunk in enumerate(chunks):
         left = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
         absent = [key for key in left.missing_keys if not key.endswith("_extra_state")] + left.unexpected_keys
@@ -139,9 +160,8 @@ def _load_plain(single: Any, tree: dict[str, Any]) -> None:
             master.data.copy_(value)
 
 
-def _refuse_difference(directory: Path, missing: set[str], unexpected: set[str], with_optimizer: bool) -> None:
-    if not with_optimizer:
-        unexpected = {k for k in unexpected if not k.startswith(OPTIMIZER_PREFIX)}
+def _refuse_difference(directory: Path, missing: set[str], unexpected: set[str], ignored: tuple[str, ...]) -> None:
+    unexpected = {k for k in unexpected if not k.startswith(ignored)}
     if missing:
         first = min(missing)
         hint = (

@@ -9,6 +9,7 @@ How to use: `prepare_megatron()` first thing in a process, then the rest as need
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -19,6 +20,7 @@ import os
 import pickle
 import platform
 import warnings
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -120,26 +122,6 @@ def use_experts(layer_spec: Any, experts_cls: type) -> None:
     moe_submodules(layer_spec).experts = experts_cls
 
 
-def mark_expert_parameters(model: torch.nn.Module, *, tensor: int, expert: int, expert_tensor: int) -> None:
-    """Marks the experts' parameters for reduction over the expert groups; call it before the model is wrapped in DDP.
-
-    mcore 0.16.1 does so only when EP > 1. With EP = 1 and another tensor parallel size for experts than for the rest it
-    reduces their gradients over the wrong ranks, without an error (0.19.2 does it right).
-
-    Args:
-        model: a model with `MoELayer`s, or one pipeline chunk of it.
-        tensor: tensor parallel size of the dense part.
-        expert: expert parallel size.
-        expert_tensor: tensor parallel size of the experts.
-    """
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            for parameter in module.experts.parameters():
-                parameter.allreduce = expert == 1 and expert_tensor == tensor  # type: ignore[attr-defined]
-
-
 def reset_moe_metrics() -> None:
     """Forgets mcore's global MoE metrics: they are sized by layers and hold the process groups of the old layout."""
     from megatron.core.transformer.moe import moe_utils
@@ -168,7 +150,9 @@ def make_transformer_config(cls: type[Config], **fields: Any) -> Config:
             nearest = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean {nearest[0]}?" if nearest else "remove it"
             version = importlib.metadata.version("megatron-core")
-            raise ConfigError(f"{cls.__name__} of megatron-core {version} has no field {name}={fields[name]!r}: {remedy}")
+            raise ConfigError(
+                f"{cls.__name__} of megatron-core {version} has no field {name}={fields[name]!r}: {remedy}"
+            )
     try:
         return cls(**fields)
     except (AssertionError, ValueError) as error:
@@ -240,15 +224,12 @@ def _check_shards(sharded: dict[str, Any], directory: str) -> None:
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
-    problem: list[str | None] = [None]
     _, everyones = determine_global_metadata(sharded)
-    try:
-        validate_sharding_integrity(everyones)
-    except CheckpointingException as error:
-        problem = [str(error)]
-    torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise CheckpointError(f"checkpoint {directory} cannot be written: {problem[0]}")
+    with _together():
+        try:
+            validate_sharding_integrity(everyones)
+        except CheckpointingException as error:
+            raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
 
 
 def load_sharded(
@@ -273,12 +254,9 @@ def load_sharded(
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 
-    stored = _stored_shapes(directory)
-    asked: dict[str, tuple[int, ...] | None] = {}
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, _asked_shapes(sharded_state_dict))
-    for of_rank in gathered:
-        asked |= of_rank
+    with _together():
+        stored = _stored_shapes(directory)
+    asked = _asked_by_all(sharded_state_dict)
     missing, unexpected = asked.keys() - stored.keys(), stored.keys() - asked.keys()
     if strict and missing:
         raise CheckpointError(
@@ -292,11 +270,34 @@ def load_sharded(
         _, sharded_state_dict = extract_matching_values(
             sharded_state_dict, lambda leaf: bool(_shapes_of(leaf).keys() & missing)
         )
-    try:
-        state = dist_checkpointing.load(sharded_state_dict, directory)
-    except (CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
-        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+    with _together():
+        try:
+            state = dist_checkpointing.load(sharded_state_dict, directory)
+        except (OSError, CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
+            raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
     return state, missing, unexpected
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Raises on every rank what any rank raises inside: 0.19 reads without telling the other ranks of a failure."""
+    failure: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as caught:
+        failure = caught
+    everyones: list[CheckpointError | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, failure)
+    for rank, error in enumerate(everyones):
+        if error is not None:
+            raise failure or CheckpointError(f"{error} (on rank {rank})")
+
+
+def _asked_by_all(sharded_state_dict: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Keys and shapes that any rank asks for; each rank knows its own pipeline stage and experts only."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, _asked_shapes(sharded_state_dict))
+    return {key: shape for of_rank in gathered for key, shape in of_rank.items()}
 
 
 def _asked_shapes(sharded_state_dict: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
@@ -317,16 +318,16 @@ def _shapes_of(leaf: Any) -> dict[str, tuple[int, ...] | None]:
 
 
 def _read_metadata(directory: str) -> dict[str, Any]:
-    """What a checkpoint says of its contents. mcore's own reader fails on torch 2.15, whose tensors have one field more.
+    """What a checkpoint says of its contents. mcore's own reader fails on torch 2.15, which stores one field more.
 
-    The empty file `metadata.json` next to it is mcore's mark that the checkpoint is complete.
+    mcore writes `metadata.json` last, so it marks a complete checkpoint.
     """
     if not os.path.isfile(os.path.join(directory, "metadata.json")):
         raise CheckpointError(f"{directory} holds no complete checkpoint (metadata.json is missing)")
     try:
         return torch.distributed.checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:  # ValueError: a newer torch wrote it
+        raise CheckpointError(f"checkpoint {directory} cannot be read by torch {torch.__version__}: {error}") from error
 
 
 def _stored_shapes(directory: str) -> dict[str, tuple[int, ...] | None]:

@@ -193,7 +193,9 @@ def install_cpu_runtime() -> None:
     if _installed is not None:
         return
     if torch.cuda.is_available():
-        raise LaunchError("the CPU runtime must not be installed where CUDA is available: hide the GPUs or leave it out")
+        raise LaunchError(
+            "the CPU runtime must not be installed where CUDA is available: hide the GPUs or leave it out"
+        )
     disable_compile()
     _replace_megatron_names()
     for name, replacement in _TORCH_CUDA.items():

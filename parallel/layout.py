@@ -43,14 +43,17 @@ def _check_rendezvous() -> None:
             ) from None
 
 
-def join_job(timeout_seconds: int) -> None:
+def join_job(timeout_seconds: int) -> bool:
     """Join the job's process group: NCCL where there is CUDA, gloo otherwise; a single process needs no launcher.
+
+    Returns:
+        Whether this call joined; False where the caller's process had joined already and has to leave by itself.
 
     Raises:
         LaunchError: if the port is taken or the other processes do not appear in time.
     """
     if dist.is_initialized():
-        return
+        return False
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -74,6 +77,7 @@ def join_job(timeout_seconds: int) -> None:
             f"rank {os.environ['RANK']} could not join the {os.environ['WORLD_SIZE']} processes at MASTER_ADDR:"
             f"MASTER_PORT={where} ({first}): check that the port is free and every process was started"
         ) from None
+    return True
 
 
 @dataclass
@@ -211,9 +215,9 @@ class Layout:
             raise error
 
 
-def leave_job() -> None:
-    """Forget mcore's groups and leave the process group."""
+def leave_job(joined: bool) -> None:
+    """Forget mcore's groups, and leave the process group if `join_job` joined it."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if joined and dist.is_initialized():
         dist.destroy_process_group()

@@ -26,8 +26,8 @@ class OptimizerView:
     Attributes:
         param: the model parameter.
         start: first element of the flattened parameter that this rank's state covers.
-        tensors: `param` (the fp32 master), `exp_avg`, `exp_avg_sq`: same number of elements each. No master where the
-            model itself is fp32; no moments before the first step.
+        tensors: `param` (the fp32 master; the weight itself where the model is fp32), `exp_avg`, `exp_avg_sq`: same
+            number of elements each. No moments before the first step.
         sharded: whether other data ranks hold the rest.
     """
 
@@ -53,11 +53,11 @@ def optimizer_views(optimizer: Any) -> Iterator[OptimizerView]:
                     yield OptimizerView(param, 0, {"param": master} | _moments(single, master), sharded=False)
             for group in single.fp32_from_fp32_groups:
                 for param in group:
-                    yield OptimizerView(param, 0, _moments(single, param), sharded=False)
+                    yield OptimizerView(param, 0, {"param": param} | _moments(single, param), sharded=False)
         elif isinstance(single, FP32Optimizer):
             for group in single.optimizer.param_groups:
                 for param in group["params"]:
-                    yield OptimizerView(param, 0, _moments(single, param), sharded=False)
+                    yield OptimizerView(param, 0, {"param": param} | _moments(single, param), sharded=False)
         else:
             raise TypeError(f"unknown optimizer {type(single).__name__}: teach parallel/optimizer_state.py about it")
 

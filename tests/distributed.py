@@ -49,8 +49,8 @@ class RankError(RuntimeError):
     """A rank died, hung, or raised something that cannot be sent to the test."""
 
 
-class _ChildTraceback(Exception):  # noqa: N818 (shown by Python as the cause of the re-raised exception)
-    """Carries the text of a child's traceback."""
+class _ChildTraceback(Exception):
+    """Carries the text of a child's traceback; Python shows it as the cause of the exception."""
 
     def __str__(self) -> str:
         return "\n" + str(self.args[0])

@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import pkgutil
+from pathlib import Path
 
 import torch
 
@@ -37,7 +38,8 @@ if not torch.cuda.is_available():
     disable_compile()  # read when mcore is imported
 quiet_megatron()
 for package in _PACKAGES:
-    _MODULES += tuple(f"{package}.{found.name}" for found in pkgutil.iter_modules([package]))
+    found = pkgutil.iter_modules([str(Path(__file__).parents[1] / package)])
+    _MODULES += tuple(f"{package}.{module.name}" for module in found if module.name != "__main__")
 for name in _MODULES:
     with contextlib.suppress(Exception):  # the child that needs it raises again, where a test sees it
         importlib.import_module(name)

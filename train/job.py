@@ -26,7 +26,7 @@ def run_settings(settings: RunSettings) -> str:
         CoppiceError: for anything a user can mend.
     """
     corpora = open_corpora(settings.data)
-    join_job(settings.parallel.timeout_seconds)
+    joined = join_job(settings.parallel.timeout_seconds)
     try:
         layout = Layout.create(settings.parallel, settings.run.seed)
         run = Run.open(settings, layout, corpora)
@@ -41,7 +41,7 @@ def run_settings(settings: RunSettings) -> str:
             _report(Path(settings.run.dir))
         layout.barrier()
     finally:
-        leave_job()
+        leave_job(joined)
     return reason
 
 

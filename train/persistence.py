@@ -55,7 +55,8 @@ class Persistence:
         self.layout = run.layout
         self.settings = run.settings
         self.folder = CheckpointFolder(Path(run.settings.run.dir), run.layout, run.settings.checkpoint.keep_last)
-        self._saved: tuple[int, int] | None = None
+        # Step, stage and folder of the newest checkpoint that holds the current state.
+        self._saved: tuple[int, int, Path] | None = None
 
     # ---- starting ---------------------------------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ class Persistence:
                 random_state.load(path / "rng", self.layout.rank)
         run.step, run.samples = manifest.step, manifest.data["samples"]
         run.plans = list(manifest.plans)
-        self._saved = (manifest.step, manifest.stage)
+        self._saved = (manifest.step, manifest.stage, path)
         if self.layout.rank == 0:
             run.files.truncate_after(manifest.step)
 
@@ -238,12 +239,16 @@ class Persistence:
         return int(growth * parameters * (weight + 12) * self.layout.world_size / copies)
 
     def save_unless_saved(self) -> Path:
-        """Save the current state as an ordinary checkpoint, unless it is on disk already; collective."""
+        """Save the current state as an ordinary checkpoint, unless it is on disk already; collective.
+
+        Returns:
+            The folder that holds the current state; of another run right after a start from there.
+        """
         run, stage = self.run, self.run.stage
+        if self._saved and self._saved[:2] == (run.step, stage.number):
+            return self._saved[2]
         expanded = bool(run.plans) and run.plans[-1]["step"] == run.step
         name = checkpoint_name(run.step, stage.number, expanded)
-        if self._saved == (run.step, stage.number):
-            return self.folder.root / name
         began = time.perf_counter()
 
         def write(staging: Path) -> None:
@@ -257,7 +262,7 @@ class Persistence:
 
     def saved(self, path: Path, seconds: float) -> None:
         """Take note of a published checkpoint, and retire old ones."""
-        self._saved = (self.run.step, self.run.stage.number)
+        self._saved = (self.run.step, self.run.stage.number, path)
         self.run.checkpoint_event(path, seconds)
         self.folder.retire({plan["step"] for plan in self.run.plans})
 

@@ -272,6 +272,11 @@ def _throughput(record: RunRecord, canvas: Canvas) -> Any:
         if stage.tokens_per_second is not None:
             ends = (stage.first_step - 0.5, stage.last_step + 0.5)
             axis.plot(ends, [stage.tokens_per_second] * 2, color=SECOND, linewidth=1.3, linestyle=(0, (4, 2)), zorder=4)
+            # Where the label fits inside its stage; the caption has all of them.
+            if ends[1] - ends[0] > 0.2 * (record.steps_S[-1] - record.steps_S[0]):
+                text = f"median {stage.tokens_per_second:,.0f}"
+                place = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 8}
+                axis.annotate(text, (sum(ends) / 2, 0.06), **place)
     known = [stage.tokens_per_second for stage in record.stages if stage.tokens_per_second is not None]
     set_limits(axis, np.array([0.0, 1.25 * max(known)]), np.minimum(smooth, 2 * max(known)))
     axis.set_ylim(bottom=0.0)

@@ -88,7 +88,7 @@ def page(record: RunRecord, figures: list[ReportFigure]) -> str:
     body = [
         _header(record),
         _tiles(record),
-        drawn[0],  # the loss: what one opens a report for
+        *drawn[:1],  # the loss: what one opens a report for
         _stages(record),
         *[_expansion(expansion) for expansion in record.expansions],
         *drawn[1:],

@@ -40,7 +40,7 @@ def draw_load_map(record: RunRecord, canvas: Canvas) -> Any:
             if row == 0:
                 axis.set_title(f"{history.num_experts} experts")
             # Labels stay clear of those of the neighbouring panel.
-            step_ticks(axis, 3 if canvas.narrow or len(histories) > 2 else 5, inset=0.08)
+            step_ticks(axis, 3 if canvas.narrow or len(histories) > 3 else 5, inset=0.08)
             axis.tick_params(labelbottom=row == len(layers) - 1)
             if row == len(layers) - 1:
                 axis.set_xlabel("step")

@@ -41,7 +41,7 @@ def test_expert_tensor_parallel_equals_plain_layout() -> None:
 
 
 def test_expert_tensor_parallel_without_expert_parallel_equals_plain_layout() -> None:
-    """mcore 0.16.1 gets these gradients wrong unless `mark_expert_parameters` is called, as `build` does."""
+    """mcore 0.16.1 gets these gradients wrong unless the experts' parameters are marked, as `build` does."""
     for results in run_distributed(train_layouts, 4, [Layout(tensor=2), Layout(expert_tensor=2), Layout()], 3):
         assert_same_training(results)
 

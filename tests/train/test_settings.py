@@ -1,0 +1,68 @@
+"""Settings: what a user types is understood, or refused in one line with the key, the value and the remedy."""
+
+import pytest
+
+from parallel.errors import ConfigError
+from train.settings import config_groups, explain, load_settings, settings_from_dict, settings_to_dict
+
+_DEMO = ["experiment=demo", "model=tiny", "parallel.expert=2"]
+
+
+def test_demo_settings_derive_what_the_command_line_says() -> None:
+    settings = load_settings([*_DEMO, "run.steps=30", "upcycle.stages=[{at_step: 10, factor: 3}]", "schedule.decay_steps=5"], 2)
+    assert settings.model.hidden_size == 64
+    assert settings.upcycle.expert_counts(settings.model.num_experts) == [8, 24]
+    assert settings.parallel.describe(2)["data"] == 2
+    assert settings_from_dict(settings_to_dict(settings)) == settings
+
+
+@pytest.mark.parametrize("name", config_groups()["model"])
+def test_every_model_preset_is_valid(name: str) -> None:
+    settings = load_settings([f"model={name}", "data.corpus=x"], 1)
+    assert settings.model.moe_layer_numbers()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "message"),
+    [
+        (["run.stps=3"], 2, r"unknown key run\.stps; did you mean run\.steps\?"),
+        (["model.layer=3"], 2, r"unknown key model\.layer; did you mean model\.layers\?"),
+        (["upcycle.stages=[{at_step: 3, fctor: 2}]"], 2, r"unknown key .*fctor; did you mean factor\?"),
+        (["run.steps=abc"], 2, r"run\.steps: Value 'abc' .* Integer"),
+        (["model=tyni"], 2, r"model=tyni is unknown: use one of .*; did you mean tiny\?"),
+        (["optimizer=lion"], 2, r"optimizer=lion is unknown: use one of adamw"),
+        (["model.layers=-1"], 2, r"model\.layers=-1 must be above zero"),
+        (["parallel.expert=-2"], 2, r"parallel\.expert=-2 must be 1 or more"),
+        (["parallel.expert=4"], 2, r"parallel\.expert=4 .* does not divide the 2 processes"),
+        (["parallel.tensor=3"], 2, r"parallel\.tensor=3 .* does not divide the 2 processes"),
+        (["parallel.expert=3"], 3, r"model\.num_experts=8 is not divisible by parallel\.expert=3: use model\.num_experts=6 or 9"),
+        (["model.attention_heads=5"], 2, r"model\.hidden_size=64 is not divisible by model\.attention_heads=5"),
+        (["model.top_k=9"], 2, r"model\.top_k=9 is above model\.num_experts=8"),
+        (["data.global_batch_size=7"], 2, r"data\.global_batch_size=7 is not divisible by .*: use data\.global_batch_size=8"),
+        (["upcycle.stages=[{at_step: 300, factor: 2}]"], 2, r"upcycle\.stages\[0\]\.at_step=300 is past the end of the run"),
+        (["upcycle.stages=[{at_step: 0, factor: 2}]"], 2, r"upcycle\.stages\[0\]\.at_step=0 must be 1 or more"),
+        (["upcycle.stages=[{at_step: 9, factor: 1}]"], 2, r"factor=1 must be 2 or more"),
+        (["upcycle.stages=[{at_step: 9, factor: 2, num_experts: 16}]"], 2, r"give either factor or num_experts"),
+        (["upcycle.stages=[{at_step: 9, num_experts: 9, selection: greedy}]"], 2, r"num_experts=9 is not divisible by parallel\.expert=2"),
+        (["upcycle.stages=[{at_step: 9, num_experts: 12}]"], 2, r"num_experts=12 is not a multiple of the 8 experts .*selection=greedy"),
+        (["upcycle.stages=[{at_step: 9, num_experts: 4}]"], 2, r"num_experts=4 must be above the 8 experts"),
+        (["upcycle.stages=[{at_step: 9, factor: 4, selection: greedy, max_extra_copies: 2}]"], 2, r"max_extra_copies=2 is too small for 8 -> 32 experts: use .*=3"),
+        (["upcycle.stages=[{at_step: 9, factor: 2, optimizer_rule: forget}]"], 2, r"optimizer_rule=forget is unknown: use one of copy"),
+        (["upcycle.stages=[{at_step: 9, factor: 2}, {at_step: 9, factor: 2}]"], 2, r"stages\[1\]\.at_step=9 must come after"),
+        (["model.balancing=aux_loss"], 2, r"needs model\.balancing=loss_free, not aux_loss"),
+        (["model.router_score=softmax"], 2, r"model\.balancing=loss_free needs model\.router_score=sigmoid"),
+        (["data.corpus=null"], 2, r"data\.corpus is not set: build one with `python -m train\.corpus"),
+        (["run.dir=''"], 2, r"run\.dir is empty"),
+        (["schedule.warmup_steps=500"], 2, r"schedule\.warmup_steps=500 must be below run\.steps=200"),
+        (["run.steps"], 2, r"run\.steps"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_in_one_line(overrides: list[str], processes: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_settings([*_DEMO, *overrides], processes)
+    assert "\n" not in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+def test_explain_survives_an_error_without_a_key() -> None:
+    assert explain(ValueError("two\nlines")) == "two lines"

@@ -1,0 +1,54 @@
+"""Helpers of the run tests: a small corpus and whole runs inside the ranks of `run_distributed`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from parallel.compat import prepare_megatron
+from train.corpus import CorpusRequest, build_corpus
+from train.job import run_settings
+from train.settings import load_settings
+
+# The smallest network that still has everything: two MoE layers, loss-free balancing, grouped-query attention.
+SMALL = [
+    "experiment=demo", "model=tiny", "model.experts=sequential", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.attention_heads=4",
+    "model.kv_heads=2", "model.expert_ffn_hidden_size=32", "data.sequence_length=32", "data.micro_batch_size=2",
+    "data.global_batch_size=8", "run.steps=6", "schedule.warmup_steps=1", "schedule.decay_steps=2", "checkpoint=ends",
+    "evaluation.batches=1", "evaluation.interval_steps=null", "tracking=none", "run.log_interval_steps=100",
+    "upcycle.stages=[{at_step: 3, factor: 2, selection: greedy, scoring_batches: 2}]", "model.bias_update_rate=0.05",
+]  # fmt: skip
+
+
+def small_corpus(folder: Path) -> Path:
+    """A corpus of real text, this project's own sources: enough for every small run."""
+    prefix = folder / "corpus"
+    if not Path(f"{prefix}.json").exists():
+        root = Path(__file__).resolve().parents[2]
+        build_corpus(CorpusRequest(inputs=(str(root / "train"), str(root / "model")), output=str(prefix),
+                                   validation_fraction=0.2), say=lambda line: None)  # fmt: skip
+    return prefix
+
+
+def train_here(overrides: list[str]) -> str:
+    """One whole run on this rank; the environment says which rank this is."""
+    prepare_megatron()
+    return run_settings(load_settings(overrides))
+
+
+def train_in_turn(runs: list[list[str]]) -> list[str]:
+    """Several whole runs one after another in the same processes."""
+    return [train_here(overrides) for overrides in runs]
+
+
+def metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Step -> what metrics.jsonl says about it; refuses a step that occurs twice."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines}
+    assert len(found) == len(lines), "metrics.jsonl has a step twice"
+    return found
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """Events of one name."""
+    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
