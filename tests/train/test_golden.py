@@ -59,6 +59,7 @@ _LAYOUTS = {
     "ep2": (2, ["parallel.expert=2"]),
     "ep4": (4, ["parallel.expert=4"]),
     "tp2-ep2": (4, ["parallel.tensor=2", "parallel.expert=2"]),
+    "tp2": (2, ["parallel.tensor=2"]),
     "pp2-ep2": (4, ["parallel.pipeline=2", "parallel.expert=2"]),
     "etp2-tp2": (2, ["parallel.tensor=2", "parallel.expert_tensor=2"]),
     "dp2-plain-optimizer": (2, ["optimizer.distributed=false"]),

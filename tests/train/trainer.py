@@ -11,7 +11,7 @@ from train.settings import load_settings
 
 # The smallest network that still has everything: two MoE layers, loss-free balancing, grouped-query attention.
 SMALL = [
-    "experiment=demo", "model=tiny", "model.experts=sequential", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.attention_heads=4",
+    "experiment=demo", "model=tiny", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.attention_heads=4",
     "model.kv_heads=2", "model.expert_ffn_hidden_size=32", "data.sequence_length=32", "data.micro_batch_size=2",
     "data.global_batch_size=8", "run.steps=6", "schedule.warmup_steps=1", "schedule.decay_steps=2", "checkpoint=ends",
     "evaluation.batches=1", "evaluation.interval_steps=null", "tracking=none", "run.log_interval_steps=100",
