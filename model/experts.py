@@ -23,7 +23,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    CheckpointWithoutOutput,
     get_cuda_rng_tracker,
     get_expert_parallel_rng_tracker_name,
     set_tensor_model_parallel_attributes,
@@ -118,6 +117,8 @@ class GroupedExperts(MegatronModule):
         for key in ("fp8", "fp4", "use_te_activation_func"):
             if getattr(config, key):
                 raise ConfigError(f"{key}={getattr(config, key)} needs the experts of Transformer Engine: use those")
+        if config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or ()):
+            raise ConfigError("recompute_modules has moe_act, which grouped experts do not recompute alone: use moe")
         if config.add_bias_linear and ranks > 1:
             # Each rank would add the whole bias, and the dispatcher then sums the ranks.
             raise ConfigError(
@@ -192,13 +193,7 @@ class GroupedExperts(MegatronModule):
         fc1 = grouped_linear(spread(rows, groups), self.weight1, groups)
         if self.bias1 is not None:
             fc1 = fc1 + spread(per_token(self.bias1.bias, groups, len(rows)), groups)
-        if self.recompute_activation:
-            checkpoint = CheckpointWithoutOutput()
-            activated = checkpoint.checkpoint(self._activation, fc1, spread_probs)
-            fc2 = grouped_linear(activated, self.weight2, groups)
-            checkpoint.discard_output_and_register_recompute(fc2)
-        else:
-            fc2 = grouped_linear(self._activation(fc1, spread_probs), self.weight2, groups)
+        fc2 = grouped_linear(self._activation(fc1, spread_probs), self.weight2, groups)
         output = collect(fc2, groups)
         if self.bias2 is not None:
             output = (output + per_token(self.bias2.bias, groups, len(rows)) * probs.unsqueeze(-1)).to(output.dtype)

@@ -201,7 +201,8 @@ def save_sharded(
             the main replica of each tensor writes it.
 
     Raises:
-        CheckpointError: on all ranks, if the shards of some tensor do not fit together or a rank cannot write.
+        CheckpointError: on all ranks, if the shards of some tensor do not fit together, or a rank cannot make the
+            directory or write its shards.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -212,10 +213,14 @@ def save_sharded(
     strategy = _synchronous_strategy()
     if parallel_group is not None:
         strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
+    with _together():
+        try:
+            os.makedirs(directory, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
     try:
-        os.makedirs(directory, exist_ok=True)
         dist_checkpointing.save(sharded_state_dict, directory, strategy, validate_access_integrity=False)
-    except (OSError, torch.distributed.checkpoint.CheckpointException) as error:
+    except torch.distributed.checkpoint.CheckpointException as error:  # torch raises it on all ranks
         raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
 
 

@@ -318,12 +318,12 @@ _RULE_KEYS = ("rule", "name")
 
 
 def selection_text(value: object) -> str:
-    """uniform; or greedy (utility grad_norm, ...) for a selection recorded with its settings."""
+    """A rule with its settings: `greedy: utility grad_norm, max_extra_copies 3`; a bare name as it is."""
     if not isinstance(value, dict):
         return str(value) if value is not None else "not recorded"
     rest = ", ".join(f"{key} {item}" for key, item in value.items() if key not in _RULE_KEYS)
     name = next((str(value[key]) for key in _RULE_KEYS if key in value), "")
-    return f"{name} ({rest})" if name and rest else name or rest
+    return f"{name}: {rest}" if name and rest else name or rest
 
 
 def _changed(values: Floats) -> npt.NDArray[np.bool_]:

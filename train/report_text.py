@@ -34,13 +34,13 @@ def large_text(value: float | None) -> str:
 
 
 def seconds_text(value: float | None) -> str:
-    """Seconds with the digits that matter; minutes or hours where seconds say little."""
+    """Seconds with the digits that matter; milliseconds, minutes or hours where seconds say little."""
     if value is None:
         return MISSING
-    if value < 10:
-        return f"{value:.3g} s" if value >= 0.001 or value == 0 else f"{value * 1e6:.0f} \N{MICRO SIGN}s"
+    if value < 0.1:
+        return f"{1000 * value:.2g} ms" if value else "0 s"
     if value < 120:
-        return f"{value:.1f} s"
+        return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
     return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.2f} h"
 
 

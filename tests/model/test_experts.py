@@ -1,7 +1,9 @@
-"""`GroupedExperts` computes, initialises and checkpoints what mcore's `SequentialMLP` does, on real layers and layouts."""
+"""`GroupedExperts` computes, initialises and checkpoints what mcore's `SequentialMLP` does, in real layouts."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def _run(experts: Any, counts: list[int], probs_dtype: torch.dtype) -> list[torc
     return [output.detach(), rows.grad, probs.grad]
 
 
-def _compare(counts: list[int], probs_dtype: torch.dtype, tolerance: float, changes: dict[str, Any]) -> None:
+def _compare(counts: list[int], probs_dtype: torch.dtype, tolerance: float, changes: dict[str, Any], what: str) -> None:
     sequential, grouped = _pair(**changes)
     theirs = _run(sequential, counts, probs_dtype)
     ours = _run(grouped, counts, probs_dtype)
@@ -118,27 +120,330 @@ def _compare(counts: list[int], probs_dtype: torch.dtype, tolerance: float, chan
         assert parameter.grad is not None, name
         ours.append(parameter.grad)
         theirs.append(gradients[name])
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.shape == their.shape
-        assert our.dtype == their.dtype
+    for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        assert (our.shape, our.dtype) == (their.shape, their.dtype)
         scale = their.abs().max().item() if their.numel() else 0
-        torch.testing.assert_close(our, their, rtol=tolerance, atol=tolerance * scale)
+        error = (our - their).abs().max().item() if their.numel() else 0
+        assert error <= tolerance * scale, f"{what}, {counts}, tensor {index}: {error} of {scale}"
 
 
-def _compare_all(probs_dtype: torch.dtype, tolerance: float, changes: dict[str, Any]) -> None:
-    for counts in COUNTS.values():
-        _compare(counts, probs_dtype, tolerance, changes)
+def _compare_all(probs_dtype: torch.dtype, tolerance: float, common: dict[str, Any], variants: list[str]) -> None:
+    for variant in variants:
+        for name, counts in COUNTS.items():
+            _compare(counts, probs_dtype, tolerance, common | VARIANTS[variant], f"{variant}, {name}")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_forward_and_backward_match_sequential(variant: str) -> None:
-    # fp32 sums of at most 96 products in another order: errors of a few 1e-7 of the largest term.
-    run_distributed(_compare_all, 1, torch.float32, 3e-6, VARIANTS[variant])
+def test_forward_and_backward_match_sequential() -> None:
+    # fp32 sums of at most 96 products, perhaps in another order: errors of a few 1e-7 of the largest entry.
+    run_distributed(_compare_all, 1, torch.float32, 3e-6, {}, list(VARIANTS))
 
 
 @pytest.mark.parametrize("probs_dtype", [torch.float32, torch.bfloat16])
 def test_bf16_matches_sequential(probs_dtype: torch.dtype) -> None:
-    # Same roundings to bf16 (8 bits) in both; a sum in another order can tip one of them, worth 2**-8 of its value,
-    # and what follows carries it on.
+    # The roundings to bf16 (8 bits) are the same, but a sum in another order can tip one, worth 2**-8 of the entry.
     bf16 = {"params_dtype": torch.bfloat16, "bf16": True}
-    run_distributed(_compare_all, 1, probs_dtype, 2**-7, bf16)
+    run_distributed(_compare_all, 1, probs_dtype, 2**-7, bf16, ["swiglu", "ungated", "biases"])
+
+
+def _single_expert_and_expanded_gradient() -> None:
+    from model.experts import GroupedExperts
+
+    config, groups = _config(num_moe_experts=1), _groups()
+    sequential, grouped = _sequential(config, groups, 1), GroupedExperts(1, config, pg_collection=groups)
+    for name, stack in _stacks(sequential).items():
+        grouped.get_parameter(name).data.copy_(stack)
+    rows, probs, count = torch.randn(5, HIDDEN), torch.rand(5), torch.tensor([5])
+    for experts in (sequential, grouped):
+        experts(rows, count, probs)[0].sum().backward()  # a sum's gradient is one number, expanded
+    for name, gradient in _stacks(sequential, "grad").items():
+        torch.testing.assert_close(grouped.get_parameter(name).grad, gradient)
+
+
+def test_one_local_expert_and_an_expanded_gradient() -> None:
+    run_distributed(_single_expert_and_expanded_gradient, 1)
+
+
+def test_padded_layout_gives_what_the_ragged_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from model import grouped_mm
+
+    def products(budget: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(grouped_mm, "_PADDING_BUDGET", budget)
+        noise = torch.Generator().manual_seed(1)
+        rows = torch.randn(24, 32, generator=noise).bfloat16().requires_grad_()
+        weight = torch.randn(4, 16, 32, generator=noise).bfloat16().requires_grad_()
+        groups = grouped_mm.group_tokens(torch.tensor([7, 0, 12, 5]), rows, weight[0].numel())
+        assert groups.capacity == (12 if budget > 0 else None)
+        padded = grouped_mm.grouped_linear(grouped_mm.spread(rows, groups), weight, groups)
+        output = grouped_mm.collect(padded, groups)
+        output.backward(torch.randn(24, 16, generator=noise).bfloat16())
+        return [output, rows.grad, weight.grad]
+
+    for ragged, padded in zip(products(-1), products(10**9), strict=True):
+        # Both sum in fp32 and round once to bf16: at most one unit in its last place (2**-8) apart.
+        torch.testing.assert_close(padded, ragged, rtol=2**-7, atol=1e-3)
+    assert grouped_mm.group_tokens(torch.tensor([2, 2]), torch.zeros(4, 8), 64).capacity is None  # fp32: never padded
+
+
+def _init_like_sequential(cpu: bool, gated: bool) -> None:
+    from model.experts import GroupedExperts
+
+    config = _config(use_cpu_initialization=cpu, gated_linear_unit=gated, params_dtype=torch.bfloat16)
+    drawn = []
+    for build in (_sequential, lambda config, groups: GroupedExperts(LOCAL, config, pg_collection=groups)):
+        groups = _groups()
+        torch.manual_seed(11)
+        drawn.append(build(config, groups))
+    for name, stack in _stacks(drawn[0]).items():
+        assert torch.equal(drawn[1].get_parameter(name), stack), name
+    assert drawn[1].weight1.std() > 0
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_draws_the_weights_of_sequential(cpu: bool) -> None:
+    for gated in (True, False):
+        run_distributed(_init_like_sequential, 1, cpu, gated)
+
+
+def _refusals() -> None:
+    from model.experts import GroupedExperts
+
+    cases = [
+        ({"hidden_size": 36, "params_dtype": torch.bfloat16}, "hidden_size=36 must be a multiple of 8 .* use 40"),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True},
+            "recompute_modules has moe_act",
+        ),
+        ({"moe_ffn_hidden_size": 50}, "moe_ffn_hidden_size=50 must be a multiple of 4 .* use 52"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            GroupedExperts(LOCAL, _config(**changes), pg_collection=_groups())
+    experts = GroupedExperts(LOCAL, _config(), pg_collection=_groups())
+    with pytest.raises(CheckpointError, match="singleton_local_shards=True"):
+        experts.sharded_state_dict(metadata={"singleton_local_shards": True})
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    run_distributed(_refusals, 1)
+
+
+def _marks(tensor: int, expert: int, expert_tensor: int) -> dict[str, tuple[bool, bool, int, int]]:
+    from model.experts import GroupedExperts
+
+    groups = _groups(
+        tensor_model_parallel_size=tensor,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
+    config = _config(
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+        add_bias_linear=expert_tensor == 1,
+    )
+    experts = GroupedExperts(LOCAL // expert, config, pg_collection=groups)
+    return {
+        name: (p.allreduce, p.tensor_model_parallel, p.partition_dim, p.partition_stride)
+        for name, p in experts.named_parameters()
+    }
+
+
+def test_marks_for_ddp_norm_and_weight_decay() -> None:
+    marks = run_distributed(_marks, 2, 1, 2, 1)[0]
+    assert marks["weight1"] == (False, True, 1, 2)
+    assert marks["weight2"] == (False, True, 2, 1)
+    # Biases are 2-D here; mcore takes weight decay off what is 1-D or has a name that ends in '.bias'.
+    assert set(marks) == {"weight1", "weight2", "bias1.bias", "bias2.bias"}
+    assert all(mark[0] for mark in run_distributed(_marks, 2, 2, 1, 2)[0].values())  # expert groups are the dense ones
+    assert not any(mark[0] for mark in run_distributed(_marks, 2, 2, 1, 1)[0].values())
+
+
+def _spec(grouped: bool) -> Any:
+    from model.experts import GroupedExperts
+    from parallel.compat import use_experts
+    from tests.parallel.tiny_gpt import layer_spec
+
+    spec = layer_spec()
+    if grouped:
+        use_experts(spec, GroupedExperts)
+    return spec
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """The sharded tensors of a state dict: mcore's, or those that its factories make."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    if isinstance(tree, ShardedTensorFactory):
+        yield from _leaves(tree.build())
+    elif isinstance(tree, ShardedTensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(value)
+
+
+def _global(tree: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of a sharded state dict, put together from the main replicas of all ranks."""
+    wholes: dict[str, torch.Tensor] = {}
+    written: dict[str, torch.Tensor] = {}
+    for leaf in _leaves(tree):
+        whole = wholes.setdefault(leaf.key, torch.zeros(leaf.global_shape))
+        count = written.setdefault(leaf.key, torch.zeros(leaf.global_shape))
+        if not any(leaf.replica_id):
+            region = tuple(
+                slice(start, start + size)
+                for start, size in zip(leaf.global_offset, (1,) * leaf.prepend_axis_num + leaf.local_shape, strict=True)
+            )
+            whole[region] = leaf.data.detach().float().reshape(whole[region].shape)
+            count[region] += 1
+    for key in sorted(wholes):
+        torch.distributed.all_reduce(wholes[key])
+        torch.distributed.all_reduce(written[key])
+        assert (written[key] == 1).all(), f"{key}: not every element has exactly one main replica"
+    return wholes
+
+
+def _fill_experts(model: Any) -> None:
+    """Gives the experts weights that depend on their global position only, whatever the module and the layout."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    from tests.parallel.tiny_gpt import sharded_state
+
+    state = sharded_state(model)
+    for name, leaf in state.items():
+        if ".experts." not in name or name.endswith("_extra_state"):
+            continue
+        pieces = []
+        for part in _leaves(leaf):
+            noise = torch.Generator().manual_seed(zlib.crc32(part.key.encode()))
+            whole = torch.randn(part.global_shape, generator=noise) * 0.3
+            pieces.append(whole[part.global_slice()].reshape(part.local_shape))
+        values = leaf.merge_fn(pieces) if isinstance(leaf, ShardedTensorFactory) else pieces[0]
+        leaf.data.detach().copy_(values)
+
+
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+
+
+def _trained(layout: Any, grouped: bool, steps: int, **changes: Any) -> tuple[Any, Any, list[tuple[float, float]]]:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from tests.parallel.tiny_gpt import ADAM_EPS, build, prepare_training, train_step
+
+    fields = {"gated_linear_unit": True, "activation_func": F.silu, "moe_router_dtype": "fp32"}
+    model = build(layout, _spec(grouped), **(fields | changes)).to(changes.get("params_dtype", torch.float32))
+    _fill_experts(model)
+    wrapped, optimizer = prepare_training(model)
+    if model.config.bf16:
+        options = OptimizerConfig(lr=1e-2, adam_eps=ADAM_EPS, use_distributed_optimizer=True, bf16=True)
+        optimizer = get_megatron_optimizer(options, [wrapped])
+    return wrapped, optimizer, [train_step(wrapped, optimizer) for _ in range(steps)]
+
+
+def _curves(layouts: list[Any], changes: dict[str, Any]) -> list[list[tuple[float, float]]]:
+    from megatron.core import parallel_state
+
+    curves = []
+    for layout in layouts:
+        for grouped in (False, True):
+            curves.append(_trained(layout, grouped, 3, **changes)[2])
+            parallel_state.destroy_model_parallel()
+    return curves
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_trains_as_sequential_does_in_every_layout(dispatcher: str) -> None:
+    from tests.parallel.tiny_gpt import Layout
+
+    layouts = [
+        Layout(),
+        Layout(expert=2),
+        Layout(tensor=2, expert_tensor=2),
+        Layout(tensor=2, expert_tensor=1),
+        Layout(tensor=2, expert=2, expert_tensor=1),
+    ]
+    # A slice per rank, so ranks differ in their last digit; tiny_gpt's optimizer keeps differences from growing.
+    ranks = run_distributed(_curves, 2, layouts, {"moe_token_dispatcher_type": dispatcher})
+    for curves in ranks:
+        for curve in curves:
+            torch.testing.assert_close(torch.tensor(curve), torch.tensor(curves[0]), rtol=2e-5, atol=0)
+    losses = [loss for loss, _ in ranks[0][0]]
+    assert losses[2] < losses[0]
+
+
+def _state(wrapped: Any, optimizer: Any, loading: bool, homogeneous: bool) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    from parallel.compat import OPTIMIZER_METADATA
+    from parallel.optimizer_state import chained
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**OPTIMIZER_METADATA, "dp_cp_group": group, "non_homogeneous_layers": not homogeneous}
+    model = wrapped.module.sharded_state_dict(metadata=metadata)
+    states = [
+        single.sharded_state_dict(model, is_loading=loading, metadata=metadata)["param_state"]
+        for single in chained(optimizer)
+    ]
+    return {"model": model, "optimizer": states}
+
+
+def _load(wrapped: Any, optimizer: Any, directory: str, step: int, homogeneous: bool) -> None:
+    from parallel.compat import load_sharded
+    from parallel.optimizer_state import allocate_state, chained, forget_step, set_step
+
+    allocate_state(optimizer)
+    request = _state(wrapped, optimizer, True, homogeneous)
+    loaded, missing, unexpected = load_sharded(request, directory)
+    assert not missing
+    assert not unexpected
+    wrapped.module.load_state_dict(loaded["model"])
+    forget_step(optimizer)
+    for single, state in zip(chained(optimizer), loaded["optimizer"], strict=True):
+        single.load_parameter_state_from_fully_reshardable(state)
+    set_step(optimizer, step)
+
+
+def _interchange(folder: str, written_at: Any, read_at: Any, homogeneous: bool, changes: dict[str, Any]) -> None:
+    """Trains with one module, saves, loads into the other: same bits, and the next step is the same; both ways."""
+    from megatron.core import parallel_state
+
+    from parallel.compat import save_sharded
+    from tests.parallel.tiny_gpt import train_step
+
+    for writer in (False, True):
+        wrapped, optimizer, _ = _trained(written_at, writer, 2, **changes)
+        state = _state(wrapped, optimizer, False, homogeneous)
+        saved = _global(state)
+        save_sharded(state, f"{folder}/{writer}")
+        expected = train_step(wrapped, optimizer)
+        parallel_state.destroy_model_parallel()
+
+        wrapped, optimizer, _ = _trained(read_at, not writer, 1, **changes)
+        other = _global(_state(wrapped, optimizer, False, homogeneous))
+        assert not any(torch.equal(other[key], saved[key]) for key in saved if "experts.linear_fc" in key)
+        _load(wrapped, optimizer, f"{folder}/{writer}", 2, homogeneous)
+        read = _global(_state(wrapped, optimizer, False, homogeneous))
+        assert read.keys() == saved.keys()
+        assert sum("experts.linear_fc" in key for key in read) >= 8  # weights, moments (and masters) of fc1 and fc2
+        for key, tensor in read.items():
+            assert torch.equal(tensor, saved[key]), key
+        assert train_step(wrapped, optimizer) == pytest.approx(expected, rel=2e-5)
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("case", ["EP2", "EP2 bf16", "expert TP2", "EP2 to expert TP2", "expert TP2 to EP1"])
+def test_checkpoints_are_interchangeable_with_sequential(tmp_path: Path, case: str) -> None:
+    from tests.parallel.tiny_gpt import Layout
+
+    expert, expert_tensor = Layout(expert=2), Layout(tensor=2, expert_tensor=2)
+    written_at, read_at = {
+        "EP2": (expert, expert),
+        "EP2 bf16": (expert, expert),
+        "expert TP2": (expert_tensor, expert_tensor),
+        "EP2 to expert TP2": (expert, expert_tensor),
+        "expert TP2 to EP1": (expert_tensor, Layout()),
+    }[case]
+    # With homogeneous layers the key is one for all layers, and the layer is the first axis.
+    homogeneous, changes = case == "EP2", BF16 if "bf16" in case else {}
+    run_distributed(_interchange, 2, str(tmp_path), written_at, read_at, homogeneous, changes)

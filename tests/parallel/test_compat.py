@@ -162,6 +162,26 @@ def _save_overlapping(directory: str) -> str:
     return str(caught.value)
 
 
+def _save_where_it_cannot(folder: str) -> list[str]:
+    model = build(Layout(expert=2))
+    messages = []
+    for directory in (f"{folder}/file/below", f"{folder}/taken"):
+        with pytest.raises(CheckpointError) as caught:
+            save_sharded(sharded_state(model), directory)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_failed_write_is_raised_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "__1_0.distcp").mkdir(parents=True)  # where rank 1 alone will want to write a file
+    for no_directory, no_file in run_distributed(_save_where_it_cannot, 2, str(tmp_path)):
+        assert "file/below cannot be written" in no_directory
+        assert "taken cannot be written" in no_file
+        assert "__1_0.distcp" in no_file
+    assert not (tmp_path / "taken" / "metadata.json").exists()
+
+
 def test_shards_that_overlap_are_refused_on_all_ranks(tmp_path: Path) -> None:
     for message in run_distributed(_save_overlapping, 2, str(tmp_path / "checkpoint")):
         assert "cannot be written" in message
