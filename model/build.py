@@ -37,7 +37,8 @@ _ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "gelu": (F.gelu, False),
     "squared_relu": (squared_relu, False),
 }
-_BALANCING = {"loss_free": "none", "none": "none"}
+# Loss-free balancing may be helped by a small loss per sequence (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+_BALANCING = {"loss_free": "seq_aux_loss"}
 
 
 def experts_kind(model: ModelConfig) -> str:
@@ -147,7 +148,7 @@ def _moe_values(model: ModelConfig, num_experts: int, te: bool) -> dict[str, Any
         moe_router_group_topk=model.router_group_topk,
         moe_router_topk_scaling_factor=model.router_scale,
         moe_router_load_balancing_type=_BALANCING.get(model.balancing, model.balancing),
-        moe_aux_loss_coeff=0.0 if model.balancing in _BALANCING else model.aux_loss_coeff,
+        moe_aux_loss_coeff=0.0 if model.balancing == "none" else model.aux_loss_coeff,
         moe_z_loss_coeff=model.z_loss_coeff,
         moe_router_enable_expert_bias=loss_free,
         moe_router_bias_update_rate=model.bias_update_rate,

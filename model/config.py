@@ -102,7 +102,8 @@ class ModelConfig:
     router_scale: float | None = None
     # Load balancing: `loss_free` moves a selection bias after each step (needs sigmoid), the others add a loss.
     balancing: str = "loss_free"
-    aux_loss_coeff: float = 0.01
+    # Weight of the balancing loss; under loss_free of an additional loss per sequence, 0 for none.
+    aux_loss_coeff: float = 0.0
     z_loss_coeff: float | None = None
     # Change of the selection bias per step under loss_free.
     bias_update_rate: float = 1e-3

@@ -204,6 +204,28 @@ def test_draws_the_weights_of_sequential(cpu: bool) -> None:
         run_distributed(_init_like_sequential, 1, cpu, gated)
 
 
+def _drawn(sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    from model.experts import GroupedExperts
+
+    groups = _groups(**sizes)
+    config = _config(use_cpu_initialization=True, sequence_parallel="tensor_model_parallel_size" in sizes, **sizes)
+    torch.manual_seed(11)
+    experts = GroupedExperts(LOCAL // groups.ep.size(), config, pg_collection=groups)
+    return _global(experts.sharded_state_dict())
+
+
+def test_cpu_initialisation_does_not_depend_on_the_layout() -> None:
+    whole = run_distributed(_drawn, 1, {})[0]
+    assert whole["experts.linear_fc1.weight"].shape == (LOCAL, 2 * FFN, HIDDEN)
+    assert not torch.equal(*whole["experts.linear_fc2.weight"][[0, LOCAL // 2]])  # mcore repeats itself on EP ranks
+    by_rank = {"expert_model_parallel_size": 2}
+    by_matrix = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    for sizes in (by_rank, by_matrix):
+        for drawn in run_distributed(_drawn, 2, sizes):
+            for key, tensor in whole.items():
+                assert torch.equal(drawn[key], tensor), key
+
+
 def _refusals() -> None:
     from model.experts import GroupedExperts
 
@@ -257,6 +279,32 @@ def test_marks_for_ddp_norm_and_weight_decay() -> None:
     assert set(marks) == {"weight1", "weight2", "bias1.bias", "bias2.bias"}
     assert all(mark[0] for mark in run_distributed(_marks, 2, 2, 1, 2)[0].values())  # expert groups are the dense ones
     assert not any(mark[0] for mark in run_distributed(_marks, 2, 2, 1, 1)[0].values())
+
+
+@pytest.mark.requires_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_gives_what_the_cpu_gives_without_waiting() -> None:
+    from model.grouped_mm import group_tokens, grouped_linear, per_token, weighted_swiglu
+
+    def compute(device: str) -> list[torch.Tensor]:
+        noise = torch.Generator().manual_seed(1)
+        leaves = [torch.randn(*shape, generator=noise) for shape in ((21, 64), (4, 96, 64), (4, 96), (21,))]
+        rows, weight, bias, probs = (leaf.to(torch.bfloat16).to(device).requires_grad_() for leaf in leaves)
+        counts = torch.tensor([5, 0, 9, 7])  # on the CPU, as the alltoall dispatcher hands them over
+        gradient = torch.randn(21, 48, generator=noise).to(torch.bfloat16).to(device)
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            groups = group_tokens(counts, rows, 10**12)
+            fc1 = grouped_linear(rows, weight, groups) + per_token(bias, groups, len(rows))
+            output = weighted_swiglu(fc1, probs)
+            output.backward(gradient)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [tensor.float().cpu() for tensor in (output, rows.grad, weight.grad, bias.grad, probs.grad)]
+
+    for ours, theirs in zip(compute("cuda"), compute("cpu"), strict=True):
+        # bf16 (8 bits) inside, sums in another order: a few units in the last place of the largest entry.
+        torch.testing.assert_close(ours, theirs, rtol=2**-5, atol=2**-6 * theirs.abs().max().item())
 
 
 def _spec(grouped: bool) -> Any:
@@ -428,7 +476,8 @@ def _interchange(folder: str, written_at: Any, read_at: Any, homogeneous: bool, 
         assert sum("experts.linear_fc" in key for key in read) >= 8  # weights, moments (and masters) of fc1 and fc2
         for key, tensor in read.items():
             assert torch.equal(tensor, saved[key]), key
-        assert train_step(wrapped, optimizer) == pytest.approx(expected, rel=2e-5)
+        # One step in another module: sums in another order, at 24 or 8 bits.
+        assert train_step(wrapped, optimizer) == pytest.approx(expected, rel=2**-7 if changes else 2e-5)
         parallel_state.destroy_model_parallel()
 
 
