@@ -5,13 +5,21 @@ last word instead of the agent's traceback.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
+from typing import TextIO
 
 from parallel.errors import LaunchError
 from train.settings import load_settings
+
+# Log lines of torchrun's agent, such as "W1122 08:08:09.846000 32096 torch/distributed/run.py:874] ...".
+_AGENT_LOG = re.compile(r"[WEI]\d{4} [\d:.]+ +\d+ torch/distributed/")
+
+_TERMINATED = 128 + signal.SIGTERM
 
 
 def check_port(port: int) -> None:
@@ -38,6 +46,41 @@ def torchrun_command(processes: int, port: int | None, overrides: list[str]) -> 
     ]  # fmt: skip
 
 
+def relay(lines: Iterable[str], out: TextIO) -> int:
+    """Pass on what the ranks say and leave out what torchrun's agent adds.
+
+    Args:
+        lines: standard error of torchrun, ranks and agent mixed.
+        out: where the ranks' lines go.
+
+    Returns:
+        Exit code of a rank that failed by itself, as the agent reports it; 0 if none did.
+    """
+    code, agent_speaks = 0, False
+    traceback: list[str] = []
+    for line in lines:
+        if traceback:
+            traceback.append(line)
+            if line.startswith((" ", "\t")):
+                continue
+            # The traceback is complete: the agent's own goes through torchrun, and is the last thing it prints.
+            agent_speaks = agent_speaks or any("torch/distributed/run.py" in x for x in traceback)
+            if not agent_speaks:
+                out.writelines(traceback)
+            traceback = []
+        elif line.startswith("Traceback (most recent call last)"):
+            traceback = [line]
+        elif agent_speaks:
+            exited = re.match(r"\s*exitcode\s*:\s*(-?\d+)", line)
+            # A negative code is a signal, mostly the agent's own to the other ranks.
+            if exited and code in (0, _TERMINATED):
+                code = int(exited[1]) if int(exited[1]) > 0 else 128 - int(exited[1])
+        elif not _AGENT_LOG.match(line):
+            out.write(line)
+        out.flush()
+    return code
+
+
 def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     """Start the ranks and wait for them; a stop signal is passed on once.
 
@@ -52,8 +95,7 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     load_settings(overrides, world_size=processes)
     if port is not None:
         check_port(port)
-    # The agent reports failures of ranks with a traceback of its own; the rank has said what is wrong.
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "COPPICE_LAUNCHED": "local"}
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
     agent = subprocess.Popen(
         torchrun_command(processes, port, overrides), env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -64,17 +106,7 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    code = 0
     assert agent.stderr is not None
-    agent_speaks = False
-    for line in agent.stderr:
-        if line.startswith(("W1", "E1", "W0", "E0")) and "torch/distributed/" in line:
-            continue
-        agent_speaks = agent_speaks or (line.startswith("Traceback") and not line.startswith("[rank"))
-        if "exitcode" in line and "pid:" in line and not code:
-            code = abs(int(line.split(":")[1].split("(")[0]))
-        if not agent_speaks:
-            sys.stderr.write(line)
-            sys.stderr.flush()
+    code = relay(agent.stderr, sys.stderr)
     status = agent.wait()
     return (code or 1) if status else 0

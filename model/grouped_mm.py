@@ -23,9 +23,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Multiply-adds spent on padding, per expert and product, that still cost less than setting up one bf16 product of its
-# own. Measured with AMX: 25 us and 0.4 G multiply-adds per ms, so the break-even is near 10 million.
+# Multiply-adds spent on padding, per expert and product, up to which batched products win over products one by one.
+# Measured on a Xeon with AMX: they win at 1.5 million, lose at 5.5 million.
 _PADDING_BUDGET = 3_000_000
+# Elements of weight gradients that are made and added up at a time on CPU.
+_PRODUCT_ELEMENTS = 262_144
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,6 @@ def per_token(values_eN: torch.Tensor, groups: TokenGroups, num_tokens: int) -> 
 def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """SwiGLU times the routing probability: `silu(gate) * up * probs`, rounded where Megatron's unfused MLP rounds.
 
-    Keeps only its arguments for the backward pass and recomputes the rest there.
-
     Args:
         gate_up: `[..., 2F]`, gate first.
         probs: `[...]`, one per row, any floating dtype; the product is taken in the wider of the two dtypes.
@@ -112,40 +112,72 @@ def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     return _WeightedSwiGLU.apply(gate_up, probs)
 
 
-def _products(rows: torch.Tensor, matrix_eKN: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
-    if groups.slots_T is not None:
+def _products(rows: torch.Tensor, matrix_eKN: torch.Tensor, ends_e: torch.Tensor) -> torch.Tensor:
+    if rows.dim() == 3:
         return torch.bmm(rows, matrix_eKN)
     if not len(rows):
         return rows.new_empty(0, matrix_eKN.shape[-1])
-    return F.grouped_mm(rows, matrix_eKN, offs=groups.ends_e)
+    return F.grouped_mm(rows, matrix_eKN, offs=ends_e)
 
 
-def _outer_products(left: torch.Tensor, right: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+def _outer_products(left: torch.Tensor, right: torch.Tensor, ends_e: torch.Tensor) -> torch.Tensor:
     """`left_i.T @ right_i` for each expert i: `[e, left width, right width]`, zero for experts without rows."""
-    if groups.slots_T is not None:
+    if left.dim() == 3:
         return torch.bmm(left.transpose(1, 2), right)
     if not len(left):
-        return left.new_zeros(len(groups.counts_e), left.shape[1], right.shape[1])
+        return left.new_zeros(len(ends_e), left.shape[1], right.shape[1])
     # This orientation (left transposed, right not) is the one in which GPU kernels take groups of any size, empty too.
-    return F.grouped_mm(left.t(), right, offs=groups.ends_e)
+    return F.grouped_mm(left.t(), right, offs=ends_e)
+
+
+def _add_outer_products(total_eNK: torch.Tensor, left: torch.Tensor, right: torch.Tensor, ends_e: torch.Tensor) -> None:
+    """Adds `_outer_products` to `total_eNK`, a few experts at a time so that their products stay in the cache."""
+    experts = len(total_eNK)
+    step = max(1, _PRODUCT_ELEMENTS // total_eNK[0].numel())
+    bounds = [0, *ends_e.tolist()]
+    for first in range(0, experts, step):
+        last = min(first + step, experts)
+        begin, end = bounds[first], bounds[last]
+        if begin == end:
+            continue
+        some = slice(first, last) if left.dim() == 3 else slice(begin, end)
+        total_eNK[first:last].add_(_outer_products(left[some], right[some], ends_e[first:last] - begin))
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """grouped_mm with a backward that accepts any gradient layout and both layouts of tokens."""
+    """grouped_mm with a backward that accepts any gradient layout and both layouts of tokens.
+
+    On CPU it adds weight gradients to the buffers of mcore's DDP itself, a few experts at a time. Left to DDP, adding
+    a bf16 gradient to an fp32 buffer first writes an fp32 copy of the whole stack, which costs more than the product.
+    As with mcore's own fused accumulation, `torch.autograd.grad` must not be asked for the gradient of such a weight.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight_eNK: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
         ctx.save_for_backward(rows, weight_eNK)
-        ctx.groups = groups
-        return _products(rows, weight_eNK.transpose(1, 2), groups)
+        ctx.ends_e = groups.ends_e
+        return _products(rows, weight_eNK.transpose(1, 2), groups.ends_e)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         rows, weight_eNK = ctx.saved_tensors
         grad = grad.contiguous()  # grouped_mm refuses expanded gradients, as those of a sum are
-        grad_rows = _products(grad, weight_eNK, ctx.groups) if ctx.needs_input_grad[0] else None
-        grad_weight = _outer_products(grad, rows, ctx.groups) if ctx.needs_input_grad[1] else None
+        grad_rows = _products(grad, weight_eNK, ctx.ends_e) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            if _adds_to_buffer(weight_eNK):
+                _add_outer_products(weight_eNK.main_grad, grad, rows, ctx.ends_e)
+                weight_eNK.grad_added_to_main_grad = True
+                grad_weight = torch.empty_like(weight_eNK)  # never read: DDP wants to see that there is a gradient
+            else:
+                grad_weight = _outer_products(grad, rows, ctx.ends_e)
         return grad_rows, grad_weight, None
+
+
+def _adds_to_buffer(weight: torch.Tensor) -> bool:
+    """Whether DDP manages this weight, by the marks that mcore's linear layers go by for fused accumulation."""
+    managed = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+    return managed and not weight.is_cuda and not getattr(weight, "zero_out_wgrad", False)
 
 
 def _to_slots(rows: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
@@ -197,8 +229,7 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         ones = grad.new_ones(len(grad), 16 // grad.element_size())  # the narrowest row that grouped_mm takes
-        ragged = TokenGroups(ctx.groups.counts_e, ctx.groups.ends_e)
-        return _outer_products(ones, grad.contiguous(), ragged)[:, 0], None, None
+        return _outer_products(ones, grad.contiguous(), ctx.groups.ends_e)[:, 0], None, None
 
 
 class _WeightedSwiGLU(torch.autograd.Function):

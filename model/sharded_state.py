@@ -150,12 +150,14 @@ def load_tensors(
 
 def _load_plain(single: Any, tree: dict[str, Any]) -> None:
     """Copy loaded tensors into an optimizer whose state is not sharded over data ranks, parameter by parameter."""
-    inner = tree["optimizer"] if "optimizer" in tree else tree
+    inner = tree.get("optimizer", tree)
     params = [p for group in single.optimizer.param_groups for p in group["params"]]
     for index, param in enumerate(params):
         for name, tensor in inner["state"][index].items():
             single.optimizer.state[param][name].copy_(tensor)
-    for masters, values in zip(getattr(single, "fp32_from_float16_groups", ()), tree.get("fp32_from_fp16_params", ()), strict=True):
+    for masters, values in zip(
+        getattr(single, "fp32_from_float16_groups", ()), tree.get("fp32_from_fp16_params", ()), strict=True
+    ):
         for master, value in zip(masters, values, strict=True):
             master.data.copy_(value)
 

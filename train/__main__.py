@@ -11,7 +11,19 @@ import sys
 from parallel.errors import CoppiceError
 from train.settings import load_settings, register_schema
 
-_HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--version")
+_HYDRA_FLAGS = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--package",
+    "-p",
+    "--resolve",
+    "--version",
+)
 
 
 def _let_hydra_answer() -> None:

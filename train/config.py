@@ -266,8 +266,12 @@ class RunSettings:
         if parallel.expert > 1 and not model.num_experts:
             raise ConfigError(f"parallel.expert={parallel.expert} needs experts: model.num_experts=0 is a dense model")
         divides("model.num_experts", model.num_experts, "parallel.expert", parallel.expert)
-        divides("model.expert_ffn_hidden_size", model.expert_ffn_hidden_size, "parallel.expert_tensor",
-                parallel.expert_tensor)
+        divides(
+            "model.expert_ffn_hidden_size",
+            model.expert_ffn_hidden_size,
+            "parallel.expert_tensor",
+            parallel.expert_tensor,
+        )
         divides("model.attention_heads", model.attention_heads, "parallel.tensor", parallel.tensor)
         if model.kv_heads is not None and model.kv_heads % parallel.tensor and parallel.tensor % model.kv_heads:
             raise ConfigError(
@@ -278,18 +282,38 @@ class RunSettings:
         divides("model.vocab_multiple", model.vocab_multiple, "parallel.tensor", parallel.tensor)
         divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", parallel.tensor)
         if model.shared_expert_ffn_hidden_size is not None:
-            divides("model.shared_expert_ffn_hidden_size", model.shared_expert_ffn_hidden_size, "parallel.tensor",
-                    parallel.tensor)
-        divides("model.layers", model.layers, "parallel.pipeline x parallel.virtual_pipeline",
-                parallel.pipeline * parallel.chunks())
-        divides("data.sequence_length", data.sequence_length, "2 x parallel.context x parallel.tensor",
-                (2 * parallel.context if parallel.context > 1 else 1) * parallel.tensor)
-        divides("data.global_batch_size", data.global_batch_size, "data.micro_batch_size x data-parallel ranks",
-                data.micro_batch_size * data_ranks)
+            divides(
+                "model.shared_expert_ffn_hidden_size",
+                model.shared_expert_ffn_hidden_size,
+                "parallel.tensor",
+                parallel.tensor,
+            )
+        divides(
+            "model.layers",
+            model.layers,
+            "parallel.pipeline x parallel.virtual_pipeline",
+            parallel.pipeline * parallel.chunks(),
+        )
+        divides(
+            "data.sequence_length",
+            data.sequence_length,
+            "2 x parallel.context x parallel.tensor",
+            (2 * parallel.context if parallel.context > 1 else 1) * parallel.tensor,
+        )
+        divides(
+            "data.global_batch_size",
+            data.global_batch_size,
+            "data.micro_batch_size x data-parallel ranks",
+            data.micro_batch_size * data_ranks,
+        )
         accumulation = data.global_batch_size // (data.micro_batch_size * data_ranks)
         if parallel.chunks() > 1:
-            divides("gradient accumulation (data.global_batch_size / data.micro_batch_size / data ranks)",
-                    accumulation, "parallel.pipeline", parallel.pipeline)
+            divides(
+                "gradient accumulation (data.global_batch_size / data.micro_batch_size / data ranks)",
+                accumulation,
+                "parallel.pipeline",
+                parallel.pipeline,
+            )
 
     def _check_schedule(self) -> None:
         run, schedule = self.run, self.schedule
@@ -298,9 +322,9 @@ class RunSettings:
                 f"schedule.warmup_steps={schedule.warmup_steps} must be below run.steps={run.steps}: "
                 "shorten the warm-up or raise run.steps"
             )
-        if schedule.style == "wsd" and schedule.decay_steps is not None:
-            if schedule.decay_steps > run.steps - schedule.warmup_steps:
-                raise ConfigError(
-                    f"schedule.decay_steps={schedule.decay_steps} does not fit between the warm-up "
-                    f"({schedule.warmup_steps}) and run.steps={run.steps}: shorten it"
-                )
+        decay = schedule.decay_steps or 0
+        if schedule.style == "wsd" and decay > run.steps - schedule.warmup_steps:
+            raise ConfigError(
+                f"schedule.decay_steps={decay} does not fit between the warm-up ({schedule.warmup_steps}) and "
+                f"run.steps={run.steps}: shorten it"
+            )

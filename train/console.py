@@ -38,7 +38,9 @@ class Console:
             f"ranks x {data.sequence_length} sequence = {tokens}"
         )
         for i, stage in enumerate(settings.upcycle.stages):
-            self.say(f"expansion {i + 1}: after step {stage.at_step}, {stages[i]} -> {stages[i + 1]} experts, {stage.selection}")
+            self.say(
+                f"expansion {i + 1}: after step {stage.at_step}, {stages[i]} -> {stages[i + 1]} experts, {stage.selection}"
+            )
 
     def progress(self, record: dict[str, Any], next_event: str) -> None:
         """Print one line about a step, with the time left at the pace since the last line."""

@@ -111,7 +111,10 @@ class DataStream:
         weights = [part.weight for part, _ in corpora] if len(corpora) > 1 else None
         held_out = [(part, m) for part, m in corpora if m.tokens("valid") > self.config.sequence_length]
         valid_blend = (
-            ([str(m.path("valid")) for _, m in held_out], [p.weight for p, _ in held_out] if len(held_out) > 1 else None)
+            (
+                [str(m.path("valid")) for _, m in held_out],
+                [p.weight for p, _ in held_out] if len(held_out) > 1 else None,
+            )
             if held_out and valid_samples
             else None
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.build import count_parameters
 from model.fingerprint import take_fingerprints
 from model.sharded_state import expert_keys
 from parallel.errors import ExpansionError
@@ -70,8 +71,11 @@ def expand(run: "Run") -> None:
         valid_loss_after=after_loss,
         pause_seconds=pause,
         seconds=clock.seconds,
+        **count_parameters(run.settings.model, run.stage.chunks, run.layout),
     )
-    change = "" if before_loss is None or after_loss is None else f", validation loss {before_loss:.4f} -> {after_loss:.4f}"
+    change = (
+        "" if before_loss is None or after_loss is None else f", validation loss {before_loss:.4f} -> {after_loss:.4f}"
+    )
     run.console.say(
         f"expanded {plan.experts_before} -> {plan.experts_after} experts in {pause:.1f} s, verified{change}"
     )
@@ -86,8 +90,10 @@ def make_plan(run: "Run") -> ExpansionPlan:
     rules = run.settings.upcycle.stages[run.stage.number]
     scores = None
     if rules.selection != "uniform":
-        scores = _gradient_scores(run, rules.scoring_batches) if rules.utility == "grad_norm" else weight_scores(
-            run.stage.chunks, run.layout, run.stage.num_experts
+        scores = (
+            _gradient_scores(run, rules.scoring_batches)
+            if rules.utility == "grad_norm"
+            else weight_scores(run.stage.chunks, run.layout, run.stage.num_experts)
         )
     plan = plan_expansion(
         rules,

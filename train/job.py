@@ -46,9 +46,14 @@ def run_settings(settings: RunSettings) -> str:
 
 
 def _report(run_dir: Path) -> None:
+    """Draw the report and print one screen of results; a report that cannot be drawn does not undo a finished run."""
     began = time.perf_counter()
-    write_report(run_dir)
     print()
-    for line in summary_lines(run_dir):
-        print(line)
-    print(f"report drawn in {time.perf_counter() - began:.1f} s", flush=True)
+    try:
+        write_report(run_dir)
+        for line in summary_lines(run_dir):
+            print(line)
+    except CoppiceError as e:
+        print(f"the report could not be drawn ({e}); try again with `python -m train.report {run_dir}`", flush=True)
+    else:
+        print(f"report drawn in {time.perf_counter() - began:.1f} s", flush=True)

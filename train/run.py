@@ -44,7 +44,8 @@ class Run:
         self.step = 0
         self.samples = 0
         self.plans: list[dict[str, Any]] = []
-        self.last_valid_loss: float | None = None
+        # Step and stage of the last evaluation, and its loss.
+        self._evaluated: tuple[int, int, float] | None = None
         self.tracker: Tracker = Tracker()
         self.stage: Stage
         self.data: DataStream
@@ -105,13 +106,19 @@ class Run:
         layout = self.settings.parallel.describe(self.layout.world_size)
         self.console.opening(self.settings, counts, layout, self.data.micro_batches, experts_kind(self.settings.model))
         self.event(
-            "start", num_experts=self.stage.num_experts, world_size=self.layout.world_size, layout=layout,
-            versions=versions(), **counts,
+            "start",
+            num_experts=self.stage.num_experts,
+            world_size=self.layout.world_size,
+            layout=layout,
+            versions=versions(),
+            **counts,
         )
         if manifest and source:
             self.event("resume", checkpoint=str(source), stage=manifest.stage, num_experts=manifest.num_experts)
-            self.console.say(f"resumed from {source}: step {self.step}, stage {manifest.stage}, "
-                             f"{manifest.num_experts} experts, state verified")
+            self.console.say(
+                f"resumed from {source}: step {self.step}, stage {manifest.stage}, "
+                f"{manifest.num_experts} experts, state verified"
+            )
 
     def event(self, name: str, **details: Any) -> None:
         """Record something that happened; rank 0 writes."""
@@ -177,11 +184,15 @@ class Run:
         if self.layout.rank == 0:
             self.files.append_metrics(record)
             if share_LE.numel() and (self.step % self.settings.run.load_interval_steps == 0 or self.step == 1):
-                self.files.append_expert_load({
-                    "step": self.step, "stage": self.stage.number, "num_experts": self.stage.num_experts,
-                    "layers": list(self.stage.load.layer_numbers),
-                    "share_LE": [[round(x, 6) for x in row] for row in share_LE.tolist()],
-                })
+                self.files.append_expert_load(
+                    {
+                        "step": self.step,
+                        "stage": self.stage.number,
+                        "num_experts": self.stage.num_experts,
+                        "layers": list(self.stage.load.layer_numbers),
+                        "share_LE": [[round(x, 6) for x in row] for row in share_LE.tolist()],
+                    }
+                )
         self.tracker.log(self.step, record)
         if self.step % self.settings.run.log_interval_steps == 0 or self.step == 1:
             self.console.progress(record, self._next_event())
@@ -201,6 +212,8 @@ class Run:
         """Validation loss now, recorded with the divergence of siblings; None without held-out text."""
         if not self.data.has_validation:
             return None
+        if self._evaluated and self._evaluated[:2] == (self.step, self.stage.number):
+            return self._evaluated[2]
         config = self.settings.evaluation
         loss = evaluate(self.stage, self.layout, self.data, config.batches)
         parents = {x["layer"]: x["parents"] for x in self.plans[-1]["layers"]} if self.plans else {}
@@ -209,7 +222,7 @@ class Run:
         self.event("evaluation", valid_loss=loss, tokens=tokens, sibling_divergence=divergence)
         self.tracker.log(self.step, {"valid_loss": loss})
         self.console.say(f"step {self.step}: validation loss {loss:.4f}")
-        self.last_valid_loss = loss
+        self._evaluated = (self.step, self.stage.number, loss)
         return loss
 
     def checkpoint_event(self, path: Path, seconds: float) -> None:

@@ -67,7 +67,7 @@ def explain(error: BaseException) -> str:
         if isinstance(e, OmegaConfBaseException) and e.full_key:
             key = str(e.full_key)
             text = (e.msg or str(e)).splitlines()[0]
-            if "not in struct" in str(e) or "not in" in text and "Key" in text:
+            if "not in struct" in str(e) or ("not in" in text and "Key" in text):
                 near = _nearest(key, known_keys()) or _nearest(key, _element_keys())
                 return f"unknown key {key}{near or '; see `python -m train --cfg job` for all keys'}"
             return f"{key}: {text}"
@@ -149,5 +149,3 @@ def write_yaml(settings: RunSettings, path: Path) -> None:
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(settings_to_dict(settings))))
     except OSError as e:
         raise DataError(f"run.dir: cannot write {path}: {e.strerror}: choose another run.dir") from None
-
-

@@ -64,9 +64,10 @@ class WandbTracker(Tracker):
         except Exception as e:
             print(f"wandb is not available ({type(e).__name__}: {e}); metrics are in {self._dir}", file=sys.stderr)
             return
+        # A resumed run logs from the step it continues at; W&B keeps the order by the step we give.
         while (item := self._queue.get()) is not None:
             run.log(item[1], step=item[0])
-        run.finish(quiet=True)
+        run.finish()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Queue numbers of one step; drop them if the tracker is thousands of steps behind."""

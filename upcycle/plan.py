@@ -177,9 +177,7 @@ def plan_expansion(
             rules.selection, layer_scores, experts_before, after, rules.max_extra_copies, model.router_groups or 1
         )
         parents = tuple(expert for expert, count in enumerate(copies) for _ in range(count))
-        layers.append(
-            LayerPlan(number, parents, tuple(copies), None if layer_scores is None else tuple(layer_scores))
-        )
+        layers.append(LayerPlan(number, parents, tuple(copies), None if layer_scores is None else tuple(layer_scores)))
     selection: dict[str, Any] = {"rule": rules.selection}
     if rules.selection != "uniform":
         selection |= {

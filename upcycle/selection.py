@@ -45,7 +45,9 @@ def greedy_copies(scores: Sequence[float], after: int, cap: int) -> list[int]:
     return copies
 
 
-def select_copies(rule: str, scores: Sequence[float] | None, before: int, after: int, cap: int, groups: int) -> list[int]:
+def select_copies(
+    rule: str, scores: Sequence[float] | None, before: int, after: int, cap: int, groups: int
+) -> list[int]:
     """Copies per expert of one layer; under group-limited routing every routing group grows by itself.
 
     A routing group is a block of neighbouring ids, so families that stay inside their block keep the meaning of the

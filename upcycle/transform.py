@@ -34,7 +34,9 @@ def bias_noise(plan: ExpansionPlan, layer: LayerPlan) -> torch.Tensor:
     return torch.where(replicas, noise_M, torch.zeros(()))
 
 
-def expand_tensor(key: str, old: torch.Tensor, plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
+def expand_tensor(
+    key: str, old: torch.Tensor, plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]]
+) -> torch.Tensor:
     """The tensor that the larger stage holds under `key`.
 
     Args:

@@ -40,8 +40,19 @@ def weight_scores(chunks: list[GPTModel], layout: Layout, experts: int) -> dict[
     return _score(chunks, layout, lambda p: p.detach(), experts)
 
 
+def _main_grad(p: torch.nn.Parameter) -> torch.Tensor:
+    """The part of DDP's gradient buffer that belongs to a parameter."""
+    grad: torch.Tensor = p.main_grad  # type: ignore[attr-defined]
+    return grad.detach()
+
+
 def gradient_scores(
-    chunks: list[GPTModel], wrapped: list[Any], layout: Layout, experts: int, accumulate: Callable[[], None], batches: int
+    chunks: list[GPTModel],
+    wrapped: list[Any],
+    layout: Layout,
+    experts: int,
+    accumulate: Callable[[], None],
+    batches: int,
 ) -> dict[int, list[float]]:
     """Squared norm of the mean gradient per layer number and expert.
 
@@ -59,10 +70,10 @@ def gradient_scores(
     accumulate()
     for part in moe_parts(chunks):
         for p in part.layer.experts.parameters():
-            layout.sum_over(p.main_grad, layout.groups.expt_dp)
+            layout.sum_over(_main_grad(p), layout.groups.expt_dp)
     # Each rank differentiates its mean loss (times the context size, as mcore does); the sum wants their mean.
     scale = 1.0 / (batches * layout.groups.dp_cp.size())
-    scores = _score(chunks, layout, lambda p: p.main_grad.detach() * scale, experts)
+    scores = _score(chunks, layout, lambda p: _main_grad(p) * scale, experts)
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     for buffer, value in counters.items():

@@ -9,7 +9,9 @@ _DEMO = ["experiment=demo", "model=tiny", "parallel.expert=2"]
 
 
 def test_demo_settings_derive_what_the_command_line_says() -> None:
-    settings = load_settings([*_DEMO, "run.steps=30", "upcycle.stages=[{at_step: 10, factor: 3}]", "schedule.decay_steps=5"], 2)
+    settings = load_settings(
+        [*_DEMO, "run.steps=30", "upcycle.stages=[{at_step: 10, factor: 3}]", "schedule.decay_steps=5"], 2
+    )
     assert settings.model.hidden_size == 64
     assert settings.upcycle.expert_counts(settings.model.num_experts) == [8, 24]
     assert settings.parallel.describe(2)["data"] == 2

@@ -51,7 +51,7 @@ def test_uniform_needs_a_multiple(before: int, after: int) -> None:
 
 
 def test_cap_too_small_names_the_remedy() -> None:
-    with pytest.raises(ExpansionError, match="max_extra_copies=1 is too small.*raise it by 1"):
+    with pytest.raises(ExpansionError, match=r"max_extra_copies=1 is too small.*raise it by 1"):
         greedy_copies([1.0, 2.0], 6, 1)
 
 
