@@ -13,7 +13,6 @@ expert-tensor rank, `G` = 2F for gated activations (gate rows first, then up row
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,9 +78,6 @@ class GroupedExperts(MegatronModule):
         self.width = config.hidden_size if config.moe_latent_size is None else config.moe_latent_size
         self.ffn = self._ffn_per_rank()
         self._check_supported()
-        self.recompute_activation = config.recompute_granularity == "selective" and "moe_act" in (
-            config.recompute_modules or []
-        )
         on_gpu = torch.cuda.is_available() and not config.use_cpu_initialization
         kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": "cuda" if on_gpu else "cpu"}
         fc1_rows = 2 * self.ffn if config.gated_linear_unit else self.ffn
@@ -119,6 +115,8 @@ class GroupedExperts(MegatronModule):
                 raise ConfigError(f"{key}={getattr(config, key)} needs the experts of Transformer Engine: use those")
         if config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or ()):
             raise ConfigError("recompute_modules has moe_act, which grouped experts do not recompute alone: use moe")
+        if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
+            raise ConfigError(f"moe_apply_probs_on_input=True needs moe_router_topk=1, not {config.moe_router_topk}")
         if config.add_bias_linear and ranks > 1:
             # Each rank would add the whole bias, and the dispatcher then sums the ranks.
             raise ConfigError(
@@ -182,10 +180,6 @@ class GroupedExperts(MegatronModule):
         """
         rows, probs = permuted_local_hidden_states, permuted_probs
         if self.config.moe_apply_probs_on_input:
-            if self.config.moe_router_topk != 1:
-                raise ConfigError(
-                    f"moe_apply_probs_on_input=True goes only with moe_router_topk=1, not {self.config.moe_router_topk}"
-                )
             rows = (probs.unsqueeze(-1) * rows).to(rows.dtype)
             probs = torch.ones_like(probs)
         groups = group_tokens(tokens_per_expert, rows, self.weight1[0].numel())
@@ -246,22 +240,17 @@ class GroupedExperts(MegatronModule):
         axis = len(sharded_offsets)  # of the experts
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
         offsets = (*sharded_offsets, (axis, self.ep_group.rank(), self.ep_group.size()))
-        key = f"{prefix}experts.linear_"
-        split, whole = (0, 0, self.dp_group.rank()), (0, tp_rank, self.dp_group.rank())
-        gated = self.config.gated_linear_unit
-        state = {
-            f"{prefix}weight1": _sharded(
-                f"{key}fc1.weight", self.weight1, offsets, split, (axis + 1, tp_rank, tp_size), gated
-            ),
-            f"{prefix}weight2": _sharded(
-                f"{key}fc2.weight", self.weight2, offsets, split, (axis + 2, tp_rank, tp_size)
-            ),
+        columns, rows = (axis + 1, tp_rank, tp_size), (axis + 2, tp_rank, tp_size)
+        key, replica, gated = f"{prefix}experts.linear_", (0, 0, self.dp_group.rank()), self.config.gated_linear_unit
+        state: dict[str, Any] = {
+            f"{prefix}weight1": _sharded(f"{key}fc1.weight", self.weight1, offsets, replica, columns, gated),
+            f"{prefix}weight2": _sharded(f"{key}fc2.weight", self.weight2, offsets, replica, rows),
         }
         if self.bias1 is not None and self.bias2 is not None:
-            state[f"{prefix}bias1.bias"] = _sharded(
-                f"{key}fc1.bias", self.bias1.bias, offsets, split, (axis + 1, tp_rank, tp_size), gated
-            )
-            state[f"{prefix}bias2.bias"] = _sharded(f"{key}fc2.bias", self.bias2.bias, offsets, whole)
+            state |= {
+                f"{prefix}bias1.bias": _sharded(f"{key}fc1.bias", self.bias1.bias, offsets, replica, columns, gated),
+                f"{prefix}bias2.bias": _sharded(f"{key}fc2.bias", self.bias2.bias, offsets, replica),
+            }
         # mcore's linear layers store an empty object per expert and refuse to load without it.
         first, experts = self.ep_group.rank() * self.num_local_experts, self.ep_group.size() * self.num_local_experts
         leading = sorted(sharded_offsets)
@@ -270,7 +259,7 @@ class GroupedExperts(MegatronModule):
             offset = (*(index for _, index, _ in leading), expert)
             for linear in ("fc1", "fc2"):
                 state[f"{prefix}{expert}.{linear}._extra_state"] = ShardedObject(
-                    f"{key}{linear}._extra_state", None, shape, offset, whole
+                    f"{key}{linear}._extra_state", None, shape, offset, (0, tp_rank, self.dp_group.rank())
                 )
         return state
 
@@ -311,7 +300,9 @@ def _sharded(
             region(key, up, replica_id, (axis, size + rank, 2 * size)),
         ]
 
-    merge: Callable[[list[torch.Tensor]], torch.Tensor] = lambda halves: torch.cat(halves, dim=1)  # noqa: E731
+    def merge(halves: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(halves, dim=1)
+
     return ShardedTensorFactory(key, parameter, build, merge, replica_id)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from parallel import errors
 from parallel.config import ParallelConfig
 from parallel.errors import CoppiceError, LaunchError
 
@@ -195,23 +196,23 @@ class Layout:
             what: the act, for the message on the ranks that did not fail.
 
         Raises:
-            CoppiceError: the rank's own error, or on the other ranks an error that names the rank.
+            CoppiceError: the rank's own error, or on the other ranks one of the same kind that names the rank.
         """
         failure: BaseException | None = None
         try:
             yield
         except Exception as e:
             failure = e
-        code = failure.exit_code if isinstance(failure, CoppiceError) else 1
-        told = self.gather_objects(None if failure is None else (str(failure), code))
+        told = self.gather_objects(None if failure is None else (type(failure).__name__, str(failure)))
         failed = [rank for rank, message in enumerate(told) if message is not None]
         if failure is not None:
             if isinstance(failure, CoppiceError):
                 failure.speaks = self.rank == failed[0]
             raise failure
         if failed:
-            error = CoppiceError(f"{what} failed on rank {failed[0]}: {told[failed[0]][0]}")
-            error.speaks, error.exit_code = False, told[failed[0]][1]
+            kind, message = told[failed[0]]
+            error: CoppiceError = getattr(errors, kind, CoppiceError)(f"{what} failed on rank {failed[0]}: {message}")
+            error.speaks = False
             raise error
 
 

@@ -66,11 +66,11 @@ class Run:
         run = cls(settings, layout, corpora)
         run.persistence = Persistence(run)
         source = run.persistence.find_start()
+        manifest = run.persistence.check_start(source)
         with layout.together("preparing run.dir"):
             if layout.rank == 0:
                 run.files.prepare()
-                write_yaml(settings, run.files.config)
-        manifest = run.persistence.check_start(source)
+                write_yaml(settings, run.files.config, manifest.step if manifest else 0)
         run.stage = build_stage(settings, manifest.stage if manifest else 0, layout, run.vocab_size)
         run._open_data(manifest)
         if manifest and source:

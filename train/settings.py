@@ -139,13 +139,21 @@ def settings_from_dict(values: dict[str, Any]) -> RunSettings:
     return to_settings(OmegaConf.merge(OmegaConf.structured(RunSettings), values))
 
 
-def write_yaml(settings: RunSettings, path: Path) -> None:
-    """Write the resolved configuration.
+def write_yaml(settings: RunSettings, path: Path, step: int) -> None:
+    """Write the resolved configuration; one that a resume replaces is kept beside it.
+
+    Args:
+        settings: what the run goes on with.
+        path: `config.yaml` of the run directory.
+        step: step the run goes on from, for the name of the configuration that held until then.
 
     Raises:
         DataError: if the folder cannot be written.
     """
+    text = OmegaConf.to_yaml(OmegaConf.create(settings_to_dict(settings)))
     try:
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(settings_to_dict(settings))))
+        if path.exists() and path.read_text() != text:
+            path.rename(path.with_name(f"config.until-step-{step:08d}.yaml"))
+        path.write_text(text)
     except OSError as e:
         raise DataError(f"run.dir: cannot write {path}: {e.strerror}: choose another run.dir") from None

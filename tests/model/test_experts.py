@@ -357,14 +357,10 @@ def _curves(layouts: list[Any], changes: dict[str, Any]) -> list[list[tuple[floa
 def test_trains_as_sequential_does_in_every_layout(dispatcher: str) -> None:
     from tests.parallel.tiny_gpt import Layout
 
-    layouts = [
-        Layout(),
-        Layout(expert=2),
-        Layout(tensor=2, expert_tensor=2),
-        Layout(tensor=2, expert_tensor=1),
-        Layout(tensor=2, expert=2, expert_tensor=1),
-    ]
-    # A slice per rank, so ranks differ in their last digit; tiny_gpt's optimizer keeps differences from growing.
+    layouts = [Layout(), Layout(expert=2), Layout(tensor=2, expert_tensor=2)]
+    if dispatcher == "alltoall":
+        layouts += [Layout(tensor=2, expert_tensor=1), Layout(tensor=2, expert=2, expert_tensor=1)]
+    # Layouts add the same fp32 numbers in other orders; tiny_gpt's optimizer keeps the differences from growing.
     ranks = run_distributed(_curves, 2, layouts, {"moe_token_dispatcher_type": dispatcher})
     for curves in ranks:
         for curve in curves:
@@ -429,8 +425,8 @@ def _interchange(folder: str, written_at: Any, read_at: Any, homogeneous: bool, 
         assert sum("experts.linear_fc" in key for key in read) >= 8  # weights, moments (and masters) of fc1 and fc2
         for key, tensor in read.items():
             assert torch.equal(tensor, saved[key]), key
-        # One step in another module: sums in another order, at 24 or 8 bits.
-        assert train_step(wrapped, optimizer) == pytest.approx(expected, rel=2**-7 if changes else 2e-5)
+        tolerance = 2**-7 if "bf16" in changes else 2e-5  # sums in another order, at 8 or 24 bits
+        assert train_step(wrapped, optimizer) == pytest.approx(expected, rel=tolerance)
         parallel_state.destroy_model_parallel()
 
 
@@ -446,5 +442,6 @@ def test_checkpoints_are_interchangeable_with_sequential(tmp_path: Path, case: s
         "expert TP2 to EP1": (expert_tensor, Layout()),
     }[case]
     # With homogeneous layers the key is one for all layers, and the layer is the first axis.
-    homogeneous, changes = case == "EP2", BF16 if "bf16" in case else {}
+    homogeneous = case == "EP2"
+    changes = {"EP2": {"add_bias_linear": True}, "EP2 bf16": BF16}.get(case, {})
     run_distributed(_interchange, 2, str(tmp_path), written_at, read_at, homogeneous, changes)
