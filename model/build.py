@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from model.attention import LatentDotProductAttention
 from model.config import ModelConfig
 from model.experts import GroupedExperts
 from model.norm import CoppiceNorm
@@ -76,6 +77,11 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
         ConfigError: if mcore refuses a combination, in mcore's words.
     """
     parallel = layout.config
+    if parallel.context > 1 and experts_kind(model) != "te":
+        raise ConfigError(
+            f"parallel.context={parallel.context} needs the attention of Transformer Engine on a GPU: install it "
+            "(docs/gpu.md) or use parallel.context=1"
+        )
     activation, gated = _ACTIVATIONS[model.activation]
     bf16 = precision == "bf16"
     te = experts_kind(model) == "te"
@@ -183,6 +189,8 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if model.qk_norm and hasattr(attention, name):
                 setattr(attention, name, CoppiceNorm)
+        if model.attention == "mla":
+            attention.core_attention = LatentDotProductAttention
         if kind == "grouped":
             use_experts(layer, GroupedExperts)
     if hasattr(block, "layer_norm"):

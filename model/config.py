@@ -143,6 +143,10 @@ class ModelConfig:
         one_of("model.recompute", self.recompute, RECOMPUTE)
         if self.head_dim is None:
             divides("model.hidden_size", self.hidden_size, "model.attention_heads", self.attention_heads)
+        if self.attention == "mla" and self.kv_heads is not None:
+            raise ConfigError(
+                f"model.kv_heads={self.kv_heads} has no meaning with model.attention=mla: use model.kv_heads=null"
+            )
         if self.kv_heads is not None:
             divides("model.attention_heads", self.attention_heads, "model.kv_heads", self.kv_heads)
         if self.num_experts:

@@ -73,11 +73,15 @@ def prepare_megatron() -> None:
     quiet_megatron()
     if not torch.cuda.is_available():
         install_cpu_runtime()
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16.1 reads this name in every router call but binds it only if Transformer Engine imports (GPU too).
         moe_utils.te_general_gemm = None
+    if not isinstance(multi_latent_attention.TELinear, type):
+        # Its import of TE's wrappers succeeds without TE, and it asks isinstance() of a stand-in: every MLA layer fails.
+        multi_latent_attention.HAVE_TE = False
 
 
 # Warnings that mcore's use of torch provokes (attributed to torch's files, or to the CPU runtime's).

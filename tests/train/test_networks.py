@@ -1,0 +1,124 @@
+"""Every kind of network a preset describes trains and grows, shrunk to a size a CPU likes; several expansions in a row."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import CheckpointError
+from tests.distributed import run_distributed
+from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
+from train.checkpoint import list_checkpoints, read_manifest
+
+_SHRUNK = [
+    "model.layers=4", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.attention_heads=4",
+    "model.expert_ffn_hidden_size=32", "model.num_experts=8", "model.top_k=2",
+]  # fmt: skip
+_GROW = "upcycle.stages=[{at_step: 2, factor: 2, selection: greedy, scoring_batches: 1}]"
+_STAY = "upcycle.stages=[]"
+_NETWORKS = {
+    # Shared expert, leading dense layers, MLA, group-limited sigmoid routing.
+    "deepseek_v3": [
+        "model.mla_query_rank=16", "model.mla_kv_rank=16", "model.mla_head_dim=8", "model.mla_rope_head_dim=8",
+        "model.mla_value_head_dim=8", "model.shared_expert_ffn_hidden_size=32", "model.router_groups=2",
+        "model.router_group_topk=1", "model.dense_first=2", "model.kv_heads=null", _GROW,
+    ],
+    "qwen3_30b_a3b": ["model.kv_heads=2", "model.head_dim=16", _STAY],
+    "mixtral_8x7b": ["model.kv_heads=2", _STAY],
+    # Interleaved dense and MoE layers.
+    "paper_7b": ["model.kv_heads=4", _GROW],
+    "paper_154m": ["model.kv_heads=4", _GROW],
+    "tiny": [
+        "model.tie_embeddings=true", "model.qk_norm=true", "model.linear_bias=true", "model.normalization=LayerNorm",
+        "model.activation=gelu", "model.dispatcher=allgather", "model.experts=sequential", _GROW,
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_network_trains_grows_and_resumes(name: str, corpus: Path, tmp_path: Path) -> None:
+    base = [*SMALL, f"model={name}", *_SHRUNK, *_NETWORKS[name], "run.steps=4", f"data.corpus={corpus}",
+            "parallel.expert=2", f"run.dir={tmp_path}"]  # fmt: skip
+    reasons = run_distributed(train_in_turn, 2, [[*base, "run.stop_at_step=3"], base])
+    assert reasons[0] == ["stop_at_step", "finished"]
+    found = metrics(tmp_path)
+    assert list(found) == [1, 2, 3, 4]
+    # A random network of this vocabulary starts near log(384) = 5.95 and moves in four steps.
+    assert 5 < found[1]["lm_loss"] < 7 and found[4]["lm_loss"] < found[1]["lm_loss"]
+    assert [m["num_experts"] for m in found.values()] == ([8, 8, 16, 16] if _GROW in _NETWORKS[name] else [8] * 4)
+
+
+def test_several_expansions_with_any_factor(corpus: Path, tmp_path: Path) -> None:
+    """8 -> 24 uniform, then 24 -> 28 by utility: families stay neighbours and provenance is in the checkpoint."""
+    stages = (
+        "[{at_step: 1, factor: 3}, {at_step: 3, num_experts: 28, selection: greedy, utility: weight_norm, "
+        "max_extra_copies: 1}]"
+    )
+    overrides = [*SMALL, f"upcycle.stages={stages}", "run.steps=5", f"data.corpus={corpus}", f"run.dir={tmp_path}",
+                 "parallel.expert=2", "run.load_interval_steps=1", "checkpoint.keep_last=1"]  # fmt: skip
+    run_distributed(train_in_turn, 2, [overrides])
+    assert [m["num_experts"] for m in metrics(tmp_path).values()] == [8, 24, 24, 28, 28]
+    manifest = read_manifest(list_checkpoints(tmp_path)[-1])
+    assert [plan["experts_after"] for plan in manifest.plans] == [24, 28]
+    for layer in manifest.plans[1]["layers"]:
+        assert sum(layer["copies"]) == 28 and sorted(set(layer["copies"])) == [1, 2]
+        assert len(layer["scores"]) == 24 and min(layer["scores"]) > 0
+    # Pre- and post-switch checkpoints stay whatever keep_last says.
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == [
+        "step-00000001", "step-00000001-stage1", "step-00000003", "step-00000003-stage2", "step-00000005",
+    ]  # fmt: skip
+    assert len(events(tmp_path, "expansion")) == 2
+    assert sorted(p.name for p in (tmp_path / "plans").iterdir()) == ["step-00000001.json", "step-00000003.json"]
+
+
+def test_every_replica_gets_tokens_within_a_few_steps(corpus: Path, tmp_path: Path) -> None:
+    overrides = [*SMALL, "run.steps=12", f"data.corpus={corpus}", f"run.dir={tmp_path}", "parallel.expert=2",
+                 "run.load_interval_steps=1"]  # fmt: skip
+    run_distributed(train_in_turn, 2, [overrides])
+    rows = [json.loads(line) for line in (tmp_path / "expert_load.jsonl").read_text().splitlines()]
+    used = {
+        (layer, expert)
+        for row in rows if row["stage"] == 1
+        for layer, shares in zip(row["layers"], row["share_LE"], strict=True)
+        for expert, share in enumerate(shares) if share > 0
+    }  # fmt: skip
+    assert used == {(layer, expert) for layer in (1, 2) for expert in range(16)}
+    # And they are no longer equal: copies have begun to move apart.
+    divergence = events(tmp_path, "evaluation")[-1]["details"]["sibling_divergence"]
+    assert divergence["max"] > 0
+
+
+def test_missing_optimizer_state_is_refused_and_the_flag_accepts_it(corpus: Path, tmp_path: Path) -> None:
+    """A checkpoint of the model alone: refused by the first key, accepted with checkpoint.load=model_only."""
+    base = [*SMALL, "upcycle.stages=[]", "run.steps=4", f"data.corpus={corpus}", f"run.dir={tmp_path}"]
+    run_distributed(train_in_turn, 2, [[*base, "run.stop_at_step=2"]])
+    run_distributed(_drop_optimizer_state, 1, str(list_checkpoints(tmp_path)[-1] / "tensors"))
+    with pytest.raises(CheckpointError, match=r"lacks \d+ keys .* first optimizer\.state\.exp_avg\..*model_only"):
+        run_distributed(train_in_turn, 2, [base])
+    assert list(metrics(tmp_path)) == [1, 2]
+    run_distributed(train_in_turn, 2, [[*base, "checkpoint.load=model_only"]])
+    assert list(metrics(tmp_path)) == [1, 2, 3, 4]
+
+
+def _drop_optimizer_state(tensors: str) -> None:
+    """Rewrite a checkpoint without its optimizer state."""
+    import shutil
+
+    import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from parallel.compat import checkpoint_tensors, load_sharded, save_sharded
+
+    stored = {k: v for k, v in checkpoint_tensors(tensors).items() if not k.startswith("optimizer.")}
+    wanted = {
+        k: ShardedTensor.from_rank_offsets(k, torch.empty(shape, dtype=dtype)) for k, (shape, dtype) in stored.items()
+    }
+    loaded, _, _ = load_sharded(wanted, tensors)
+    shutil.rmtree(tensors)
+    save_sharded({k: ShardedTensor.from_rank_offsets(k, v) for k, v in loaded.items()}, tensors)
