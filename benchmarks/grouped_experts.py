@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,9 @@ import torch.nn.functional as F
 from parallel.compat import make_transformer_config, moe_submodules, prepare_megatron, use_experts, versions
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError, CoppiceError
-from parallel.layout import Layout, join_job, leave_job
+
+if TYPE_CHECKING:
+    from parallel.layout import Layout
 
 RESULTS = Path(__file__).parent / "results" / "grouped_experts.json"
 _WARM_UP = 3
@@ -222,7 +224,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.pairs < 2:
         raise ConfigError(f"--pairs {options.pairs}: quartiles need 2 or more")
-    prepare_megatron()
+    prepare_megatron()  # before the first import of mcore, which the layout makes
+    from parallel.layout import Layout, join_job, leave_job
+
     torch.set_num_threads(options.threads)
     joined = join_job(60)
     layout = Layout.create(ParallelConfig(), seed=1)

@@ -115,6 +115,10 @@ _MEANINGS = {
     "model.z_loss_coeff": "Weight of the router's z-loss; null means none.",
     "model.dispatcher": "How tokens travel to their experts; flex needs DeepEP or HybridEP (docs/parallelism.md).",
     "model.recompute": "Recompute activations in the backward pass: core attention, whole layers, or nothing.",
+    "model.mcore": (
+        "Further fields of mcore's TransformerConfig by their own names, for what has no key here; a new one is added with "
+        "a plus: `+model.mcore.moe_input_jitter_eps=0.01`."
+    ),
     "data.blend": "Several corpora with weights, instead of `data.corpus`.",
     "optimizer.beta1": "Decay of Adam's mean of gradients.",
     "optimizer.beta2": "Decay of Adam's mean of squared gradients.",
@@ -125,7 +129,7 @@ _MEANINGS = {
     "schedule.learning_rate": "Peak learning rate.",
     "schedule.warmup_steps": "Steps of linear rise from zero.",
     "checkpoint.keep_last": (
-        "Ordinary checkpoints kept; both of a step with an expansion, before and after it, are kept for ever. null keeps all."
+        "Ordinary checkpoints kept. Those before and right after an expansion are kept for ever. null keeps all."
     ),
     "checkpoint.save_final": "Save at the normal end of the run. Stops and expansions are saved in any case.",
     "tracking.project": "Project the run appears under.",

@@ -22,6 +22,7 @@ from model.build import MoEPart, build_chunks, moe_parts
 from model.load import ExpertLoad
 from parallel.compat import reset_moe_metrics
 from parallel.layout import Layout
+from parallel.optimizer_state import use_fused_update
 from train.config import RunSettings
 
 
@@ -111,6 +112,7 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         ),
         wrapped,
     )
+    use_fused_update(optimizer)
     _bind(config, wrapped, optimizer, settings)
     return Stage(
         number=number,

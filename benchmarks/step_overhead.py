@@ -1,0 +1,142 @@
+"""Step time of Coppice's loop over a bare mcore loop with the same model, side by side in one run.
+
+Both sides train the same network on the same batches with the same mcore parts (GPTModel, DDP, distributed optimizer,
+forward-backward schedule, scheduler). The bare side is the shortest loop that trains; Coppice's side is `Run._one_step`
+with everything a run does between steps: data, expert load, metrics, JSONL, progress, tracker queue. Steps are timed in
+alternating blocks, so a slow moment of the machine meets both; the ratio is taken per pair of blocks and its median told.
+
+    python benchmarks/step_overhead.py [--processes 2] [--model demo] [--pairs 9] [--block 4]
+
+Writes benchmarks/results/step_overhead.json. The aim (issue 2) is a ratio of at most 1.02.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+_RESULT = Path(__file__).parent / "results" / "step_overhead.json"
+
+
+def bare_steps(stage: Any, layout: Any, batches: list[list[dict[str, Any]]]) -> None:
+    """The shortest mcore loop: zero, forward-backward, step, schedule, and the loss on the host."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    model, optimizer = stage.wrapped[0], stage.optimizer
+
+    def loss_of(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = (output.float() * mask).sum() / mask.sum()
+        return loss, {"loss": loss.detach().clone()}
+
+    def forward(iterator: Any, model: Any) -> Any:
+        batch = {key: value.to(layout.device) for key, value in next(iterator).items()}
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, lambda out: loss_of(batch["loss_mask"], out)
+
+    for micro_batches in batches:
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        results = get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=iter(micro_batches), model=model,
+            num_microbatches=len(micro_batches), seq_length=micro_batches[0]["tokens"].shape[1],
+            micro_batch_size=micro_batches[0]["tokens"].shape[0], forward_only=False,
+        )  # fmt: skip
+        optimizer.step()
+        stage.scheduler.step(increment=1)
+        torch.stack([r["loss"] for r in results]).mean().item()
+
+
+def rank_main(model: str, pairs: int, block: int) -> None:
+    """Time both loops on this rank; rank 0 prints one JSON line."""
+    from parallel.compat import prepare_megatron, versions
+
+    prepare_megatron()
+    from parallel.layout import Layout, join_job, leave_job
+    from train.data import open_corpora
+    from train.run import Run
+    from train.settings import load_settings
+    from train.signals import StopRequest
+
+    processes = int(os.environ["WORLD_SIZE"])
+    settings = load_settings([
+        "experiment=demo", f"model={model}", f"parallel.expert={processes}", "upcycle.stages=[]", "run.steps=100000",
+        "schedule.decay_steps=1", f"run.dir={os.environ['COPPICE_BENCH_DIR']}", "evaluation.batches=1",
+    ])  # fmt: skip
+    joined = join_job(600)
+    run = Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
+    batches = [run.data.peek(i * settings.data.global_batch_size) for i in range(block)]
+    ratios, bare_seconds, ours_seconds = [], [], []
+    with StopRequest() as stop:
+        for pair in range(pairs + 1):
+            times = {}
+            # The order alternates, so that neither side is always the first.
+            for side in ("bare", "ours") if pair % 2 else ("ours", "bare"):
+                run.layout.barrier()
+                began = time.perf_counter()
+                if side == "bare":
+                    bare_steps(run.stage, run.layout, batches)
+                else:
+                    for _ in range(block):
+                        run._one_step(stop)
+                run.layout.barrier()
+                times[side] = (time.perf_counter() - began) / block
+            # The bare loop leaves its tokens in the load counters, and the first pair warms up.
+            run.stage.load.reset()
+            if pair:
+                ratios.append(times["ours"] / times["bare"])
+                bare_seconds.append(times["bare"])
+                ours_seconds.append(times["ours"])
+    if run.layout.rank == 0:
+        print("RESULT " + json.dumps({
+            "ratio": statistics.median(ratios), "ratios": ratios, "bare_seconds": statistics.median(bare_seconds),
+            "ours_seconds": statistics.median(ours_seconds), "processes": processes, "model": model, "block": block,
+            "versions": versions(),
+        }), flush=True)  # fmt: skip
+    run.close()
+    leave_job(joined)
+
+
+def main() -> None:
+    """Start the ranks and write the result with the machine named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--block", type=int, default=4)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        rank_main(arguments.model, arguments.pairs, arguments.block)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes),
+             __file__, *sys.argv[1:]],
+            env={"OMP_NUM_THREADS": "1", **os.environ, "COPPICE_BENCH_DIR": f"{folder}/run"},
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    result = json.loads(line.removeprefix("RESULT "))
+    result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "command": "python " + " ".join(sys.argv)}
+    _RESULT.parent.mkdir(exist_ok=True)
+    _RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"ours {result['ours_seconds'] * 1e3:.1f} ms, bare {result['bare_seconds'] * 1e3:.1f} ms a step: ratio "
+          f"{result['ratio']:.3f} (median of {arguments.pairs} pairs, {min(result['ratios']):.3f} to "
+          f"{max(result['ratios']):.3f}); {result['machine']}")  # fmt: skip
+
+
+def machine() -> str:
+    """The processor and its cores."""
+    names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
