@@ -11,14 +11,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TextIO
 
 from parallel.errors import LaunchError
+from train.run_files import RunFiles
 from train.settings import load_settings
 
 # Log lines of torchrun's agent, such as "W1122 08:08:09.846000 32096 torch/distributed/run.py:874] ...".
 _AGENT_LOG = re.compile(r"[WEI]\d{4} [\d:.]+ +\d+ torch/distributed/")
 
+_AGENT_FILES = ("torch/distributed/run.py", "torch/distributed/elastic/")
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -64,7 +67,7 @@ def relay(lines: Iterable[str], out: TextIO) -> int:
             if line.startswith((" ", "\t")):
                 continue
             # The traceback is complete: the agent's own goes through torchrun, and is the last thing it prints.
-            agent_speaks = agent_speaks or any("torch/distributed/run.py" in x for x in traceback)
+            agent_speaks = agent_speaks or any(place in x for x in traceback for place in _AGENT_FILES)
             if not agent_speaks:
                 out.writelines(traceback)
             traceback = []
@@ -92,21 +95,35 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     """
     if processes < 1:
         raise LaunchError(f"--processes={processes} must be 1 or more")
-    load_settings(overrides, world_size=processes)
+    settings = load_settings(overrides, world_size=processes)
     if port is not None:
         check_port(port)
     environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
+    # A session of its own: Ctrl-C reaches this process alone, which passes it on.
     agent = subprocess.Popen(
-        torchrun_command(processes, port, overrides), env=environment, stderr=subprocess.PIPE, text=True
-    )
+        torchrun_command(processes, port, overrides),
+        env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    asked: list[int] = []
 
     def forward(number: int, frame: object) -> None:
         del frame
-        agent.send_signal(number)
+        if not asked:
+            print("stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+            agent.send_signal(signal.SIGTERM)
+        asked.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
     assert agent.stderr is not None
     code = relay(agent.stderr, sys.stderr)
     status = agent.wait()
+    if status and asked and _stopped_as_asked(Path(settings.run.dir)):
+        return 0
     return (code or 1) if status else 0
+
+
+def _stopped_as_asked(run_dir: Path) -> bool:
+    """Whether the run says that it stopped in order; torchrun's exit code is no witness after a signal."""
+    events = RunFiles(run_dir).read_events()
+    return bool(events) and events[-1]["event"] == "stop" and events[-1]["details"]["reason"] != "failed"

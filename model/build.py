@@ -5,6 +5,7 @@ wrapped in DDP. Expert modules, norms and every option come from `ModelConfig`; 
 because it changes from stage to stage while the rest of the configuration does not.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from model.experts import GroupedExperts
 from model.norm import CoppiceNorm
 from parallel.compat import (
     have_transformer_engine,
+    is_moe_layer,
     layer_submodules,
     make_transformer_config,
     use_experts,
@@ -82,6 +84,11 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
             f"parallel.context={parallel.context} needs the attention of Transformer Engine on a GPU: install it "
             "(docs/gpu.md) or use parallel.context=1"
         )
+    if model.dispatcher == "flex" and not any(importlib.util.find_spec(name) for name in ("deep_ep", "hybrid_ep")):
+        raise ConfigError(
+            "model.dispatcher=flex needs DeepEP or HybridEP, which are not installed: install one (docs/gpu.md) or use "
+            "model.dispatcher=alltoall"
+        )
     activation, gated = _ACTIVATIONS[model.activation]
     bf16 = precision == "bf16"
     te = experts_kind(model) == "te"
@@ -102,7 +109,7 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
         init_method_std=model.init_std,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
-        bias_activation_fusion=te and gated,
+        bias_activation_fusion=torch.cuda.is_available() and model.activation == "swiglu",
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         bf16=bf16,
@@ -183,6 +190,12 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
     layers = block.layer_specs if hasattr(block, "layer_specs") else [block]
     for layer in {id(spec): spec for spec in layers}.values():
         parts = layer_submodules(layer)
+        if is_moe_layer(layer):
+            # Under Transformer Engine's specs the norm before an MoE layer is a module of its own, not part of a linear
+            # layer, and keeps its name; without this the two kinds of checkpoint would differ in it.
+            parts.sharded_state_dict_keys_map = {
+                k: v for k, v in parts.sharded_state_dict_keys_map.items() if k != "pre_mlp_layernorm."
+            }
         parts.input_layernorm = CoppiceNorm
         parts.pre_mlp_layernorm = CoppiceNorm
         attention = layer_submodules(parts.self_attention)
@@ -191,7 +204,7 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
                 setattr(attention, name, CoppiceNorm)
         if model.attention == "mla":
             attention.core_attention = LatentDotProductAttention
-        if kind == "grouped":
+        if kind == "grouped" and is_moe_layer(layer):
             use_experts(layer, GroupedExperts)
     if hasattr(block, "layer_norm"):
         block.layer_norm = CoppiceNorm

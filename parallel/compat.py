@@ -116,6 +116,11 @@ def moe_submodules(layer_spec: Any) -> Any:
     return layer_submodules(layer_submodules(layer_spec).mlp)
 
 
+def is_moe_layer(layer_spec: Any) -> bool:
+    """Whether a transformer layer's spec has experts."""
+    return hasattr(moe_submodules(layer_spec), "experts")
+
+
 def use_experts(layer_spec: Any, experts_cls: type) -> None:
     """Makes a layer's spec build its experts with `experts_cls`.
 

@@ -8,8 +8,8 @@ import faulthandler
 import os
 import sys
 
-from parallel.errors import CoppiceError
-from train.settings import load_settings, register_schema
+from parallel.errors import ConfigError, CoppiceError
+from train.settings import compose_settings, load_settings, register_schema, to_settings
 
 _HYDRA_FLAGS = (
     "--help",
@@ -66,10 +66,16 @@ def main() -> int:
     """Parse the command line, run, and turn errors into one line and an exit code."""
     faulthandler.enable()
     arguments = sys.argv[1:]
-    if any(a.split("=")[0] in _HYDRA_FLAGS for a in arguments):
-        _let_hydra_answer()
-        return 0
     try:
+        overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+        for flag in ("-m", "--multirun"):
+            if flag in arguments:
+                raise ConfigError(f"{flag} is not supported yet: start one run per setting")
+        if any(a.split("=")[0] in _HYDRA_FLAGS for a in arguments):
+            # Hydra's own messages about a wrong key run over many lines; ours come first.
+            to_settings(compose_settings(overrides))
+            _let_hydra_answer()
+            return 0
         run_job(arguments)
     except CoppiceError as e:
         if e.speaks or (e.speaks is None and os.environ.get("RANK", "0") == "0"):

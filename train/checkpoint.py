@@ -197,6 +197,23 @@ class CheckpointFolder:
         except OSError as e:
             raise CheckpointError(f"checkpoint {final} could not be published: {e.strerror or e}") from e
 
+    def set_aside_after(self, start: Path) -> list[str]:
+        """Rename checkpoints of this run that are newer than the one it starts from, so that `auto` never goes there.
+
+        Called on rank 0, when a run goes back to an older checkpoint of its own. Nothing is removed.
+
+        Returns:
+            Names of what was set aside.
+        """
+        own = list_checkpoints(self.run_dir)
+        newer = own[own.index(start) + 1 :] if start in own else []
+        for path in newer:
+            number = 1
+            while (aside := path.with_name(f"{path.name}.superseded-{number}")).exists():
+                number += 1
+            path.rename(aside)
+        return [path.name for path in newer]
+
     def retire(self, kept_steps: set[int]) -> list[str]:
         """Remove ordinary checkpoints beyond `keep_last`; those of `kept_steps` (around expansions) stay.
 

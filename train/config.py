@@ -174,9 +174,9 @@ class CheckpointConfig:
 
     # Save every so many steps; null saves only at expansions, stops and the end.
     interval_steps: int | None = 500
-    # Ordinary checkpoints kept; those before an expansion are kept for ever. null keeps all.
+    # Ordinary checkpoints kept; those right before and after an expansion are kept for ever. null keeps all.
     keep_last: int | None = 2
-    # Save before an expansion (the pre-switch checkpoint). The checkpoint path needs it.
+    # Save the end of the run. Stops and expansions are saved always.
     save_final: bool = True
     # full, or model_only to accept a checkpoint without usable optimizer state knowingly.
     load: str = "full"

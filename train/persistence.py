@@ -3,6 +3,7 @@
 `train/checkpoint.py` knows folders, `model/sharded_state.py` knows tensors; this file knows the run.
 """
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -180,6 +181,9 @@ class Persistence:
         self._saved = (manifest.step, manifest.stage, path)
         if self.layout.rank == 0:
             run.files.truncate_after(manifest.step)
+            self.folder.set_aside_after(path)
+            for plan in manifest.plans:
+                run.files.plans.joinpath(f"step-{plan['step']:08d}.json").write_text(json.dumps(plan))
 
     def load_stage(self, tensors: Path, optimizer_step: int, with_optimizer: bool = True) -> None:
         """Fill the current stage's model and optimizer from a folder of tensors."""

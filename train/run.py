@@ -75,6 +75,9 @@ class Run:
         run._open_data(manifest)
         if manifest and source:
             run.persistence.load(source, manifest)
+        elif layout.rank == 0:
+            # An earlier start that was killed before its first checkpoint leaves steps that are trained anew now.
+            run.files.truncate_after(0)
         run.tracker = open_tracker(
             settings.tracking,
             run.files.run_dir,

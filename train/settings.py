@@ -68,6 +68,8 @@ def explain(error: BaseException) -> str:
             key = str(e.full_key)
             text = (e.msg or str(e)).splitlines()[0]
             if "not in struct" in str(e) or ("not in" in text and "Key" in text):
+                if key.startswith("model.mcore."):
+                    return f"{key} is a field of mcore's own: add it with a plus, +{key}=VALUE"
                 near = _nearest(key, known_keys()) or _nearest(key, _element_keys())
                 return f"unknown key {key}{near or '; see `python -m train --cfg job` for all keys'}"
             return f"{key}: {text}"

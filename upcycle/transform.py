@@ -1,9 +1,9 @@
-"""The checkpoint path of an expansion: reads a sharded checkpoint of E experts, writes one of M, tensor by tensor.
+"""The checkpoint path of an expansion: reads a sharded checkpoint of E experts, writes one of M.
 
 This is the slow, simple executor: the oracle that the live path must equal bit for bit, the offline command, and
 recovery. It knows tensors only by their checkpoint keys: weights, masters and both moments of an expert are all copied
-along the expert axis by the same index, everything else is carried over untouched. Ranks share the tensors out, so no
-rank holds more than its part and no tensor is read twice.
+along the expert axis by the same index, everything else is carried over untouched. Ranks share the tensors out: each
+holds its part of the old and the new checkpoint in memory, and no tensor is read twice.
 """
 
 import hashlib

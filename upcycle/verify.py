@@ -13,21 +13,25 @@ from parallel.errors import ExpansionError
 from upcycle.plan import ExpansionPlan
 
 
-def expected_after(before: Fingerprints, plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]]) -> Fingerprints:
-    """What the fingerprints must be after the expansion; the noised selection bias is left out.
+def expected_after(
+    before: Fingerprints, plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[int | None]]:
+    """What the fingerprints must be after the expansion; None for the selection bias of a replica that got noise.
 
     Args:
         before: fingerprints of the smaller stage.
         plan: the expansion.
         experts: keys with an expert axis (`model.sharded_state.expert_keys`).
     """
-    expected: Fingerprints = {}
+    expected: dict[str, list[int | None]] = {}
     for name, numbers in before.items():
         key = name.split("/", 1)[1]
         if key not in experts:
-            expected[name] = numbers
-        elif experts[key]["kind"] != "selection_bias" or plan.bias_noise == 0:
-            expected[name] = [numbers[parent] for parent in plan.layer(experts[key]["layer"]).parents]
+            expected[name] = list(numbers)
+            continue
+        layer = plan.layer(experts[key]["layer"])
+        noised = set(layer.replicas()) if experts[key]["kind"] == "selection_bias" and plan.bias_noise else set()
+        expected[name] = [None if new in noised else numbers[parent] for new, parent in enumerate(layer.parents)]
     return expected
 
 
@@ -47,8 +51,9 @@ def verify_expansion(
         found = after.get(name)
         if found is None:
             raise ExpansionError(f"after the expansion {name} is gone; the stage before it is kept in its checkpoint")
-        if found != numbers:
-            expert = next((i for i, (a, b) in enumerate(zip(numbers, found, strict=False)) if a != b), len(numbers))
+        same = [a is None or a == b for a, b in zip(numbers, found, strict=False)]
+        if not all(same) or len(found) != len(numbers):
+            expert = same.index(False) if False in same else min(len(found), len(numbers))
             what = f"expert {expert} of {name}" if len(numbers) > 1 else name
             raise ExpansionError(
                 f"after the expansion {what} differs from its parent; the stage before it is kept in its checkpoint"
@@ -56,4 +61,4 @@ def verify_expansion(
     for name in after:
         if name not in before:
             raise ExpansionError(f"after the expansion {name} appeared from nowhere; the old stage is kept")
-    return sum(len(numbers) for numbers in expected.values())
+    return sum(number is not None for numbers in expected.values() for number in numbers)

@@ -4,6 +4,7 @@ Resumed equals uninterrupted bit for bit; expanding in any layout gives the same
 to floating-point tolerance.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,19 +67,59 @@ _LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="session")
-def seed_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+# More of them, with four layers and a shared expert, behind `make test-slow`.
+_MORE_LAYOUTS = {
+    "vpp2-pp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "vpp2-pp2-ep2": (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.expert=2"]),
+    "ep2-dp4": (4, ["parallel.expert=2"]),
+    "etp2-ep2": (4, ["parallel.expert_tensor=2", "parallel.expert=2"]),
+    "etp2-ep2-tp2": (4, ["parallel.tensor=2", "parallel.expert_tensor=2", "parallel.expert=2"]),
+    "tp2-pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "tp4": (4, ["parallel.tensor=4", "model.kv_heads=2"]),
+    "allgather-ep4": (4, ["parallel.expert=4", "model.dispatcher=allgather"]),
+    "sequential-ep2": (2, ["parallel.expert=2", "model.experts=sequential"]),
+    "overlap-ep2": (
+        4,
+        ["parallel.expert=2", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
+    ),
+    "plain-optimizer-ep2": (2, ["parallel.expert=2", "optimizer.distributed=false"]),
+}
+_MORE = ["model.layers=4", "model.shared_expert_ffn_hidden_size=32", "model.moe_period=1"]
+
+
+def _seed(corpus: Path, folder: Path, *more: str) -> Path:
     """A run of one process, stopped right before its expansion, and its uninterrupted continuation."""
-    folder = tmp_path_factory.mktemp("seed")
-    runs = [_overrides(corpus, folder / "run", "run.precision=fp32", "run.stop_at_step=3")]
-    runs += [_overrides(corpus, folder / "whole", "run.precision=fp32")]
+    runs = [_overrides(corpus, folder / "run", "run.precision=fp32", "run.stop_at_step=3", *more)]
+    runs += [_overrides(corpus, folder / "whole", "run.precision=fp32", *more)]
     run_distributed(train_in_turn, 1, runs, timeout=400)
     return folder
+
+
+@pytest.fixture(scope="session")
+def seed_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _seed(corpus, tmp_path_factory.mktemp("seed"))
+
+
+@pytest.fixture(scope="session")
+def larger_seed_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _seed(corpus, tmp_path_factory.mktemp("larger"), *_MORE)
 
 
 @pytest.mark.parametrize("name", _LAYOUTS)
 def test_expanding_in_any_layout_gives_the_same_state(name: str, corpus: Path, seed_run: Path, tmp_path: Path) -> None:
     processes, layout = _LAYOUTS[name]
+    _expand_elsewhere(corpus, seed_run, tmp_path, processes, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _MORE_LAYOUTS)
+def test_expanding_in_more_layouts(name: str, corpus: Path, larger_seed_run: Path, tmp_path: Path) -> None:
+    processes, layout = _MORE_LAYOUTS[name]
+    _expand_elsewhere(corpus, larger_seed_run, tmp_path, processes, [*_MORE, *layout])
+
+
+def _expand_elsewhere(corpus: Path, seed_run: Path, tmp_path: Path, processes: int, layout: list[str]) -> None:
+    """Resume the seed in another layout, expand, train on; compare state bit for bit and losses to tolerance."""
     start = list_checkpoints(seed_run / "run")[-1]
     runs = [_overrides(corpus, tmp_path, "run.precision=fp32", *layout, f"run.resume={start}")]
     run_distributed(train_in_turn, processes, runs, timeout=400)
@@ -95,3 +136,27 @@ def test_expanding_in_any_layout_gives_the_same_state(name: str, corpus: Path, s
         # fp32 sums in another order: a few units in the last place of a loss near 5, grown over three steps.
         assert here[step]["lm_loss"] == pytest.approx(whole[step]["lm_loss"], abs=2e-5)
         assert here[step]["grad_norm"] == pytest.approx(whole[step]["grad_norm"], rel=1e-3)
+
+
+def test_going_back_sets_the_later_checkpoints_aside(corpus: Path, tmp_path: Path) -> None:
+    """A run that restarts from an older checkpoint of its own never resumes the abandoned steps, and loses none."""
+    base = _overrides(corpus, tmp_path, "run.steps=4", "checkpoint.interval_steps=1", "checkpoint.keep_last=9")
+    run_distributed(train_in_turn, 1, [base])
+    first = metrics(tmp_path)
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    back = [*base, f"run.resume={tmp_path / 'checkpoints' / 'step-00000002'}", "run.stop_at_step=3"]
+    run_distributed(train_in_turn, 1, [back])
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002", "step-00000003"]
+    aside = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if "superseded" in p.name)
+    assert aside == sorted(f"{name}.superseded-1" for name in names[2:])
+    run_distributed(train_in_turn, 1, [base])
+    # Back on the same path: the steps trained again are the same bits.
+    assert {s: m["lm_loss"] for s, m in metrics(tmp_path).items()} == {s: m["lm_loss"] for s, m in first.items()}
+
+
+def test_a_start_killed_before_its_first_checkpoint_starts_anew(corpus: Path, tmp_path: Path) -> None:
+    base = _overrides(corpus, tmp_path, "run.steps=2", "upcycle.stages=[]", "schedule.decay_steps=1")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "lm_loss": 1.0}) + "\n")
+    run_distributed(train_in_turn, 1, [base])
+    assert list(metrics(tmp_path)) == [1, 2]
+    assert json.loads((tmp_path / "metrics.superseded.jsonl").read_text())["lm_loss"] == 1.0

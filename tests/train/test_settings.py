@@ -40,7 +40,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["parallel.expert=3"], 3, r"model\.num_experts=8 is not divisible by parallel\.expert=3: use model\.num_experts=6 or 9"),
         (["model.attention_heads=5"], 2, r"model\.hidden_size=64 is not divisible by model\.attention_heads=5"),
         (["model.top_k=9"], 2, r"model\.top_k=9 is above model\.num_experts=8"),
-        (["data.global_batch_size=7"], 2, r"data\.global_batch_size=7 is not divisible by .*: use data\.global_batch_size=8"),
+        (["data.global_batch_size=7"], 2, r"data\.global_batch_size=7 is not divisible by .*: use data\.global_batch_size=4 or 8"),
         (["upcycle.stages=[{at_step: 300, factor: 2}]"], 2, r"upcycle\.stages\[0\]\.at_step=300 is past the end of the run"),
         (["upcycle.stages=[{at_step: 0, factor: 2}]"], 2, r"upcycle\.stages\[0\]\.at_step=0 must be 1 or more"),
         (["upcycle.stages=[{at_step: 9, factor: 1}]"], 2, r"factor=1 must be 2 or more"),
@@ -55,7 +55,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["model.router_score=softmax"], 2, r"model\.balancing=loss_free needs model\.router_score=sigmoid"),
         (["data.corpus=null"], 2, r"data\.corpus is not set: build one with `python -m train\.corpus"),
         (["run.dir=''"], 2, r"run\.dir is empty"),
-        (["schedule.warmup_steps=500"], 2, r"schedule\.warmup_steps=500 must be below run\.steps=200"),
+        (["schedule.warmup_steps=500"], 2, r"schedule\.warmup_steps=500 must be below run\.steps=160"),
         (["run.steps"], 2, r"run\.steps"),
     ],
 )  # fmt: skip

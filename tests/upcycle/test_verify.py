@@ -20,8 +20,8 @@ _AFTER = {
 
 
 def test_a_right_expansion_passes() -> None:
-    # 3 + 3 + 3 rows and one dense tensor; the noised selection bias is not compared.
-    assert verify_expansion(_BEFORE, _AFTER, _PLAN, _EXPERTS) == 10
+    # 3 + 3 + 3 rows, one dense tensor, and the selection bias of both originals; the noised replica's is free.
+    assert verify_expansion(_BEFORE, _AFTER, _PLAN, _EXPERTS) == 12
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,8 @@ def test_a_right_expansion_passes() -> None:
         ("exp_avg/w", [1, 2, 0], "expert 2 of exp_avg/w differs"),
         ("weight/router", [4, 3, 4], "expert 0 of weight/router"),
         ("weight/dense", [0], "weight/dense differs"),
+        ("weight/bias", [8, 0, 77], "expert 1 of weight/bias"),
+        ("weight/w", [5, 7], "expert 2 of weight/w"),
         ("exp_avg/w", None, "exp_avg/w is gone"),
         ("weight/more", [1], "weight/more appeared from nowhere"),
     ],
