@@ -123,6 +123,10 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
     )
+    if parallel.interleaved():
+        # With two pipeline ranks both neighbours are the same rank, and one batch of sends and receives would mix up
+        # activations and gradients: mcore then trains on garbage without an error.
+        values |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     if model.attention == "mla":
         values |= dict(
             q_lora_rank=model.mla_query_rank,
