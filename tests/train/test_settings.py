@@ -55,7 +55,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["model.router_score=softmax"], 2, r"model\.balancing=loss_free needs model\.router_score=sigmoid"),
         (["data.corpus=null"], 2, r"data\.corpus is not set: build one with `python -m train\.corpus"),
         (["run.dir=''"], 2, r"run\.dir is empty"),
-        (["schedule.warmup_steps=500"], 2, r"schedule\.warmup_steps=500 must be below run\.steps=160"),
+        (["schedule.warmup_steps=500"], 2, r"schedule\.warmup_steps=500 must be below run\.steps=140"),
         (["run.steps"], 2, r"run\.steps"),
     ],
 )  # fmt: skip
