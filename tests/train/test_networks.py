@@ -68,6 +68,9 @@ def test_several_expansions_with_any_factor(corpus: Path, tmp_path: Path) -> Non
     for layer in manifest.plans[1]["layers"]:
         assert sum(layer["copies"]) == 28 and sorted(set(layer["copies"])) == [1, 2]
         assert len(layer["scores"]) == 24 and min(layer["scores"]) > 0
+    # The keys that mcore's specs for Transformer Engine use, so that checkpoints go from one kind to the other.
+    assert "weight/decoder.layers.0.pre_mlp_layernorm.weight" in manifest.fingerprints
+    assert "weight/decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in manifest.fingerprints
     # Pre- and post-switch checkpoints stay whatever keep_last says.
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == [
