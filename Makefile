@@ -1,12 +1,14 @@
 # Coppice. `make demo` and `make test` are all a new user needs; `make help` lists the rest.
-PYTHON   ?= python3.11
+# $(call find_python,3.11): a Python of that version that runs; pyenv has commands that do not, so its folders come second.
+find_python = $(shell python$(1) -c '' 2>/dev/null && echo python$(1) || ls -d $(HOME)/.pyenv/versions/$(1).*/bin/python$(1) 2>/dev/null | tail -n 1)
+PYTHON   ?= $(call find_python,3.11)
 VENV     ?= .venv
 PIP_ARGS ?=
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.ready
 RUN      ?= runs/demo
 # The 3.12 environment of `make test-latest`.
-PYTHON312 ?= python3.12
+PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
 export OMP_NUM_THREADS ?= 1
 
@@ -17,7 +19,7 @@ help:  ## this list
 setup: $(STAMP)  ## prepare .venv from exact constraints
 
 $(STAMP): pyproject.toml constraints/py311.txt
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed: install Python 3.11, or name one with make PYTHON=..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 is not installed: install it, or name one with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py311.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py311.txt -e '.[dev]'
@@ -39,6 +41,7 @@ test-slow: setup  ## long proofs: every layout
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 $(VENV312)/.ready: pyproject.toml constraints/py312.txt
+	@test -n "$(PYTHON312)" || { echo "error: Python 3.12 is not installed: install it, or name one with make PYTHON312=..." >&2; exit 1; }
 	$(PYTHON312) -m venv $(VENV312)
 	$(VENV312)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py312.txt torch
 	$(VENV312)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints/py312.txt -e '.[dev]'
