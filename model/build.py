@@ -309,13 +309,13 @@ def expert_rows(part: MoEPart, layout: Layout) -> list[tuple[torch.nn.Parameter,
 
 
 def count_parameters(model: ModelConfig, chunks: list[GPTModel], layout: Layout) -> dict[str, int]:
-    """Parameters of the whole network: all, and those one token passes (embeddings included).
+    """Parameters of the whole network: all, those one token passes (embeddings included), those of routed experts.
 
     Each rank counts what it holds, divided by how many ranks hold it, so the sum over the world is exact.
     """
     expert_copies = layout.groups.expt_dp.size()
     dense_copies = layout.groups.dp.size() * layout.groups.cp.size()
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=layout.device)
     for part in moe_parts(chunks):
         size = sum(p.numel() for p in part.layer.experts.parameters())
         total[0] += size / expert_copies
@@ -329,4 +329,8 @@ def count_parameters(model: ModelConfig, chunks: list[GPTModel], layout: Layout)
     layout.sum_over_world(total)
     experts, dense = round(total[0].item()), round(total[1].item())
     count = chunks[0].config.num_moe_experts or 1
-    return {"parameters_total": experts + dense, "parameters_active": dense + experts * model.top_k // count}
+    return {
+        "parameters_total": experts + dense,
+        "parameters_active": dense + experts * model.top_k // count,
+        "parameters_experts": experts,
+    }

@@ -39,6 +39,19 @@ def mix_bits(tensor: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31)
 
 
+# Elements hashed at a time: the 64-bit temporaries of a whole expert stack would not fit beside a training state.
+_CHUNK = 1 << 24
+
+
+def tensor_sums(tensor: torch.Tensor, start: int, row_numel: int, rows: int) -> torch.Tensor:
+    """Fingerprints of the rows of a tensor, [rows] int64, computed in bounded memory; arguments as for `row_sums`."""
+    flat = tensor.detach().reshape(-1)
+    sums = torch.zeros(rows, dtype=torch.int64, device=flat.device)
+    for offset in range(0, flat.numel(), _CHUNK):
+        sums += row_sums(mix_bits(flat[offset : offset + _CHUNK]), start + offset, row_numel, rows)
+    return sums
+
+
 def row_sums(values: torch.Tensor, start: int, row_numel: int, rows: int) -> torch.Tensor:
     """Add hashed elements up per row, [rows] int64.
 
@@ -121,13 +134,13 @@ def take_fingerprints(chunks: list[GPTModel], optimizer: Any, layout: Layout) ->
         for tensor in chunk.state_dict(keep_vars=True).values():
             slot = slots.get(id(tensor)) if torch.is_tensor(tensor) else None
             if slot and speakers.tensor_copy(tensor) and speakers.data_copy(tensor):
-                add("weight", slot, row_sums(mix_bits(tensor), 0, max(1, tensor.numel() // slot.rows), slot.rows))
+                add("weight", slot, tensor_sums(tensor, 0, max(1, tensor.numel() // slot.rows), slot.rows))
     for view in optimizer_views(optimizer):
         slot = slots[id(view.param)]
         if speakers.tensor_copy(view.param) and (view.sharded or speakers.data_copy(view.param)):
             for name, tensor in view.tensors.items():
                 numel = max(1, view.param.numel() // slot.rows)
-                add(name, slot, row_sums(mix_bits(tensor), view.start, numel, slot.rows))
+                add(name, slot, tensor_sums(tensor, view.start, numel, slot.rows))
     names = sorted({name for theirs in layout.gather_objects(sorted(local)) for name in theirs})
     flat = torch.cat([local.get(n, torch.zeros(n[1], dtype=torch.int64)) for n in names]).to(layout.device)
     layout.sum_over_world(flat)

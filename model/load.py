@@ -19,12 +19,14 @@ class ExpertLoad:
         parts: MoE layers on this rank.
         layer_numbers: numbers (from 1) of all MoE layers of the network.
         num_experts: experts per MoE layer.
+        device: where this rank computes, also if it holds no MoE layer.
     """
 
-    def __init__(self, parts: list[MoEPart], layer_numbers: tuple[int, ...], num_experts: int) -> None:
+    def __init__(
+        self, parts: list[MoEPart], layer_numbers: tuple[int, ...], num_experts: int, device: torch.device
+    ) -> None:
         self.layer_numbers = layer_numbers
         self._rows = {number: row for row, number in enumerate(layer_numbers)}
-        device = next(parts[0].layer.parameters()).device if parts else torch.device("cpu")
         self._counts_LE = torch.zeros(len(layer_numbers), max(1, num_experts), dtype=torch.int64, device=device)
         self._hooks = [part.layer.router.register_forward_hook(self._hook(self._rows[part.number])) for part in parts]
 

@@ -20,7 +20,7 @@ from model.build import moe_parts
 from parallel.compat import OPTIMIZER_METADATA, load_sharded, save_sharded
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
-from parallel.optimizer_state import allocate_state, chained, forget_step, set_step
+from parallel.optimizer_state import allocate_state, chained, clear_moments, forget_step, set_step
 
 OPTIMIZER_PREFIX = "optimizer.state."
 MASTER_PREFIX = "optimizer.state.param."
@@ -119,10 +119,11 @@ def load_tensors(
     Raises:
         CheckpointError: naming the first key that the checkpoint lacks or that this model does not know.
     """
+    # First, because mcore's way of allocating is a step: it may move masters, and in fp32 the weights with them.
+    allocate_state(optimizer)
     request = model_state(chunks, layout)
     trees: list[Any] = []
     if with_optimizer:
-        allocate_state(optimizer)
         trees = optimizer_state(optimizer, dict(request), layout, loading=True)
         request["optimizer"] = _flatten(trees)
     loaded, missing, unexpected = load_sharded(request, str(directory), strict=False)
@@ -136,6 +137,8 @@ def load_tensors(
             raise CheckpointError(f"checkpoint {directory} does not fit this model: {absent[0]} was not filled")
     if not with_optimizer:
         optimizer.reload_model_params()
+        clear_moments(optimizer)
+        set_step(optimizer, 0)
         return
     _write_back(trees, loaded["optimizer"])
     forget_step(optimizer)

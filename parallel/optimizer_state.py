@@ -87,6 +87,14 @@ def allocate_state(optimizer: Any) -> None:
                 single.init_state_fn(single.optimizer, single.config)
 
 
+def clear_moments(optimizer: Any) -> None:
+    """Set both moments of every parameter to zero, as before the first step."""
+    for view in optimizer_views(optimizer):
+        for name in MOMENTS:
+            if name in view.tensors:
+                view.tensors[name].zero_()
+
+
 def use_fused_update(optimizer: Any) -> None:
     """Let torch's Adam update each parameter in one pass; mcore asks for it nowhere.
 

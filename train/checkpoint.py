@@ -111,8 +111,9 @@ def resolve(run_dir: Path, resume: str) -> Path | None:
         return None
     path = Path(resume)
     if (path / MANIFEST).is_file():
-        return path
-    theirs = list_checkpoints(path)
+        # By whatever name it was given, a checkpoint of this run is one of its own.
+        return next((mine for mine in own if mine.samefile(path)), path)
+    theirs = own if own and path.is_dir() and path.samefile(run_dir) else list_checkpoints(path)
     if not theirs:
         raise CheckpointError(
             f"run.resume={resume} is neither auto, never, a complete checkpoint, nor a run directory with one"
@@ -187,13 +188,9 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
             if final.exists():
-                # Only a run continued over an older ending writes the same step twice; the older one goes last.
-                replaced = final.with_suffix(".replaced")
-                final.rename(replaced)
-                staging.rename(final)
-                shutil.rmtree(replaced)
-            else:
-                staging.rename(final)
+                # A run continued with fresh moments, or without a manifest, writes the same step twice.
+                final.rename(free_name(final, "superseded"))
+            staging.rename(final)
         except OSError as e:
             raise CheckpointError(f"checkpoint {final} could not be published: {e.strerror or e}") from e
 
@@ -208,10 +205,7 @@ class CheckpointFolder:
         own = list_checkpoints(self.run_dir)
         newer = own[own.index(start) + 1 :] if start in own else []
         for path in newer:
-            number = 1
-            while (aside := path.with_name(f"{path.name}.superseded-{number}")).exists():
-                number += 1
-            path.rename(aside)
+            path.rename(free_name(path, "superseded"))
         return [path.name for path in newer]
 
     def retire(self, kept_steps: set[int]) -> list[str]:
@@ -221,13 +215,23 @@ class CheckpointFolder:
             Names of what was removed.
         """
         removed = []
-        if self.layout.rank == 0 and self.keep_last is not None:
-            ordinary = [p for p in list_checkpoints(self.run_dir) if int(p.name[5:13]) not in kept_steps]
-            for path in ordinary[: -self.keep_last]:
-                (path / MANIFEST).unlink()
-                shutil.rmtree(path)
-                removed.append(path.name)
+        with self.layout.together("removing old checkpoints"):
+            if self.layout.rank == 0 and self.keep_last is not None:
+                ordinary = [p for p in list_checkpoints(self.run_dir) if int(p.name[5:13]) not in kept_steps]
+                for path in ordinary[: -self.keep_last]:
+                    # Without its manifest it is no checkpoint any more; what a network file system holds on to may stay.
+                    (path / MANIFEST).unlink()
+                    shutil.rmtree(path, ignore_errors=True)
+                    removed.append(path.name)
         return list(self.layout.from_rank_zero(removed))
+
+
+def free_name(path: Path, mark: str) -> Path:
+    """The first of `NAME.mark-1`, `NAME.mark-2`, ... beside a path that does not exist yet."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{mark}-{number}")).exists():
+        number += 1
+    return free
 
 
 def folder_bytes(path: Path) -> int:

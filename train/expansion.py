@@ -88,6 +88,7 @@ def make_plan(run: "Run") -> ExpansionPlan:
         ExpansionError: if ranks disagree; nothing has moved yet.
     """
     rules = run.settings.upcycle.stages[run.stage.number]
+    run.stage.gather_parameters()
     scores = None
     if rules.selection != "uniform":
         scores = (

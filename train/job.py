@@ -53,7 +53,11 @@ def _report(run_dir: Path) -> None:
         write_report(run_dir)
         for line in summary_lines(run_dir):
             print(line)
-    except CoppiceError as e:
-        print(f"the report could not be drawn ({e}); try again with `python -m train.report {run_dir}`", flush=True)
+    except Exception as e:
+        # Whatever it is, the run is finished and its files are whole.
+        print(
+            f"the report could not be drawn ({type(e).__name__}: {e}); try again with `python -m train.report {run_dir}`",
+            flush=True,
+        )
     else:
         print(f"report drawn in {time.perf_counter() - began:.1f} s", flush=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.build import padded_vocab_size
+from model.build import count_parameters, padded_vocab_size
 from model.fingerprint import first_difference, take_fingerprints
 from model.sharded_state import expert_keys, load_tensors, save_tensors
 from parallel.compat import versions
@@ -150,14 +150,15 @@ class Persistence:
         return [Segment(**s) for s in manifest.data["segments"]] if manifest else []
 
     def check_space(self) -> None:
-        """Refuse to start where not even one checkpoint of each stage fits.
+        """Refuse to start where not even one checkpoint of the current stage fits.
 
         Raises:
             CheckpointError: naming the folder and the room it needs.
         """
+        needed = self.needed_bytes()
         with self.layout.together("checking free space"):
             if self.layout.rank == 0:
-                need_space(self.run.files.run_dir, self.needed_bytes(), "one checkpoint")
+                need_space(self.run.files.run_dir, needed, "one checkpoint")
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
@@ -178,12 +179,14 @@ class Persistence:
                 random_state.load(path / "rng", self.layout.rank)
         run.step, run.samples = manifest.step, manifest.data["samples"]
         run.plans = list(manifest.plans)
-        self._saved = (manifest.step, manifest.stage, path)
-        if self.layout.rank == 0:
-            run.files.truncate_after(manifest.step)
-            self.folder.set_aside_after(path)
-            for plan in manifest.plans:
-                run.files.plans.joinpath(f"step-{plan['step']:08d}.json").write_text(json.dumps(plan))
+        # With fresh moments the state is not that of the files any more.
+        self._saved = (manifest.step, manifest.stage, path) if full else None
+        with self.layout.together("going on with the files of run.dir"):
+            if self.layout.rank == 0:
+                run.files.truncate_after(manifest.step)
+                self.folder.set_aside_after(path)
+                for plan in manifest.plans:
+                    run.files.plans.joinpath(f"step-{plan['step']:08d}.json").write_text(json.dumps(plan))
 
     def load_stage(self, tensors: Path, optimizer_step: int, with_optimizer: bool = True) -> None:
         """Fill the current stage's model and optimizer from a folder of tensors."""
@@ -211,6 +214,7 @@ class Persistence:
     def manifest(self) -> Manifest:
         """Describe the current state; collective."""
         run, stage = self.run, self.run.stage
+        stage.gather_parameters()
         return Manifest(
             step=run.step,
             stage=stage.number,
@@ -235,12 +239,15 @@ class Persistence:
         )
 
     def needed_bytes(self, growth: float = 1.0) -> int:
-        """Estimate of one checkpoint's size: weights, masters and two moments, over all ranks."""
-        stage = self.run.stage
-        parameters = sum(p.numel() for chunk in stage.chunks for p in chunk.parameters())
+        """Estimate of one checkpoint's size: weights, masters and two moments; collective.
+
+        Args:
+            growth: experts afterwards over experts now.
+        """
+        counts = count_parameters(self.settings.model, self.run.stage.chunks, self.layout)
+        parameters = counts["parameters_total"] + (growth - 1) * counts["parameters_experts"]
         weight = 2 if self.settings.run.precision == "bf16" else 4
-        copies = max(1, self.layout.groups.dp_cp.size() // max(1, self.layout.groups.ep.size()))
-        return int(growth * parameters * (weight + 12) * self.layout.world_size / copies)
+        return int(parameters * (weight + 12))
 
     def save_unless_saved(self) -> Path:
         """Save the current state as an ordinary checkpoint, unless it is on disk already; collective.

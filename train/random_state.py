@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from parallel.errors import CheckpointError
+
 
 def capture() -> dict[str, Any]:
     """Every generator state of this rank, as byte tensors."""
@@ -30,10 +32,19 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 
 def save(folder: Path, rank: int) -> None:
-    """Write this rank's states."""
-    torch.save(capture(), rank_file(folder, rank))
+    """Write this rank's states.
+
+    Raises:
+        CheckpointError: if the disk refuses; torch reports a full one as a RuntimeError.
+    """
+    try:
+        torch.save(capture(), rank_file(folder, rank))
+    except (OSError, RuntimeError) as e:
+        raise CheckpointError(f"{rank_file(folder, rank)} could not be written: {str(e).splitlines()[0]}") from e
 
 
 def load(folder: Path, rank: int) -> None:
-    """Read this rank's states; tensors only, nothing is unpickled."""
-    restore(torch.load(rank_file(folder, rank), weights_only=True))
+    """Read this rank's states; tensors only, nothing is unpickled. States of another kind of device mean nothing here."""
+    state = torch.load(rank_file(folder, rank), weights_only=True)
+    if ("cuda" in state) == torch.cuda.is_available():
+        restore(state)

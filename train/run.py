@@ -6,6 +6,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from model.build import count_parameters, experts_kind
 from model.divergence import sibling_divergence
 from model.load import load_figures
 from parallel.compat import versions
-from parallel.errors import CoppiceError
+from parallel.errors import CoppiceError, DataError
 from parallel.layout import Layout
 from train.checkpoint import Manifest, folder_bytes
 from train.config import RunSettings
@@ -31,6 +32,12 @@ from train.step import evaluate, optimizer_step
 from train.tracking import Tracker, open_tracker
 
 
+def _quiet(error: CoppiceError) -> CoppiceError:
+    """Mark an error whose cause another rank prints."""
+    error.speaks = False
+    return error
+
+
 class Run:
     """State of a run between steps: the stage, the position, and where results go. Make it with `Run.open`."""
 
@@ -44,6 +51,8 @@ class Run:
         self.step = 0
         self.samples = 0
         self.plans: list[dict[str, Any]] = []
+        # What could not be written on this rank since the last step.
+        self._unwritten: CoppiceError | None = None
         # Step and stage of the last evaluation, and its loss.
         self._evaluated: tuple[int, int, float] | None = None
         self.tracker: Tracker = Tracker()
@@ -70,14 +79,16 @@ class Run:
         with layout.together("preparing run.dir"):
             if layout.rank == 0:
                 run.files.prepare()
-                write_yaml(settings, run.files.config, manifest.step if manifest else 0)
         run.stage = build_stage(settings, manifest.stage if manifest else 0, layout, run.vocab_size)
         run._open_data(manifest)
         if manifest and source:
             run.persistence.load(source, manifest)
-        elif layout.rank == 0:
-            # An earlier start that was killed before its first checkpoint leaves steps that are trained anew now.
-            run.files.truncate_after(0)
+        with layout.together("writing config.yaml"):
+            if layout.rank == 0:
+                write_yaml(settings, run.files.config, manifest.step if manifest else 0)
+                if manifest is None:
+                    # A start that was killed before its first checkpoint leaves steps that are trained anew now.
+                    run.files.truncate_after(0)
         run.tracker = open_tracker(
             settings.tracking,
             run.files.run_dir,
@@ -126,7 +137,14 @@ class Run:
     def event(self, name: str, **details: Any) -> None:
         """Record something that happened; rank 0 writes."""
         if self.layout.rank == 0:
-            self.files.append_event(name, self.step, **details)
+            self._write(lambda: self.files.append_event(name, self.step, **details))
+
+    def _write(self, act: Callable[[], None]) -> None:
+        """Write to the run directory on this rank alone; a failure is raised by all ranks together after the next step."""
+        try:
+            act()
+        except CoppiceError as e:
+            self._unwritten = self._unwritten or e
 
     def train(self) -> str:
         """Train to the end of the run, or to a request to stop.
@@ -157,16 +175,18 @@ class Run:
         batches = self.data.train(self.samples)
         loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
-        told = torch.stack([loss, torch.tensor(float(stop.name is not None), dtype=torch.float64, device=loss.device)])
-        total, stopping = self.layout.sum_over_world(told).tolist()
+        flags = torch.tensor([stop.name is not None, self._unwritten is not None], device=loss.device)
+        total, stopping, failed = self.layout.sum_over_world(torch.cat([loss[None], flags.double()])).tolist()
         self.step += 1
         self.samples += self.settings.data.global_batch_size
         mean = total / (self.data.micro_batches * self.layout.data_size)
         self._record(mean, grad_norm, time.perf_counter() - began, share_LE)
-        if not math.isfinite(mean):
+        if failed:
+            raise self._unwritten or _quiet(DataError("run.dir cannot be written on rank 0"))
+        if not (math.isfinite(mean) and math.isfinite(grad_norm)):
             raise CoppiceError(
-                f"loss is {mean} after step {self.step}: resume from an earlier checkpoint with a lower "
-                "schedule.learning_rate or optimizer.clip_grad"
+                f"loss {mean} and gradient norm {grad_norm} at step {self.step}: resume from an earlier checkpoint with a "
+                "lower schedule.learning_rate or optimizer.clip_grad"
             )
         return stopping > 0
 
@@ -185,17 +205,16 @@ class Run:
             **load_figures(share_LE),
         }
         if self.layout.rank == 0:
-            self.files.append_metrics(record)
+            self._write(lambda: self.files.append_metrics(record))
             if share_LE.numel() and (self.step % self.settings.run.load_interval_steps == 0 or self.step == 1):
-                self.files.append_expert_load(
-                    {
-                        "step": self.step,
-                        "stage": self.stage.number,
-                        "num_experts": self.stage.num_experts,
-                        "layers": list(self.stage.load.layer_numbers),
-                        "share_LE": [[round(x, 6) for x in row] for row in share_LE.tolist()],
-                    }
-                )
+                row = {
+                    "step": self.step,
+                    "stage": self.stage.number,
+                    "num_experts": self.stage.num_experts,
+                    "layers": list(self.stage.load.layer_numbers),
+                    "share_LE": [[round(x, 6) for x in shares] for shares in share_LE.tolist()],
+                }
+                self._write(lambda: self.files.append_expert_load(row))
         self.tracker.log(self.step, record)
         if self.step % self.settings.run.log_interval_steps == 0 or self.step == 1:
             self.console.progress(record, self._next_event())

@@ -155,7 +155,11 @@ def write_yaml(settings: RunSettings, path: Path, step: int) -> None:
     text = OmegaConf.to_yaml(OmegaConf.create(settings_to_dict(settings)))
     try:
         if path.exists() and path.read_text() != text:
-            path.rename(path.with_name(f"config.until-step-{step:08d}.yaml"))
+            kept, number = path.with_name(f"config.until-step-{step:08d}.yaml"), 1
+            while kept.exists():
+                number += 1
+                kept = path.with_name(f"config.until-step-{step:08d}-{number}.yaml")
+            path.rename(kept)
         path.write_text(text)
     except OSError as e:
         raise DataError(f"run.dir: cannot write {path}: {e.strerror}: choose another run.dir") from None

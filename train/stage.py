@@ -52,6 +52,16 @@ class Stage:
         """MoE layers on this rank."""
         return moe_parts(self.chunks)
 
+    def gather_parameters(self) -> None:
+        """Make every rank's weights those of the last step; collective.
+
+        With overlapped parameter gathering a step leaves each data rank its own part fresh and the rest to the next
+        forward pass; whoever reads weights in between has to ask for them.
+        """
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def release(self) -> None:
         """Drop every reference this object holds, so that memory is free before the next stage is built."""
         self.load.remove()
@@ -121,7 +131,7 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=build_scheduler(settings, optimizer),
-        load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts),
+        load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
     )
 
 

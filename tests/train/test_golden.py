@@ -163,3 +163,25 @@ def test_a_start_killed_before_its_first_checkpoint_starts_anew(corpus: Path, tm
     run_distributed(train_in_turn, 1, [base])
     assert list(metrics(tmp_path)) == [1, 2]
     assert json.loads((tmp_path / "metrics.superseded.jsonl").read_text())["lm_loss"] == 1.0
+
+
+def test_overlapped_gathering_saves_every_ranks_weights(corpus: Path, tmp_path: Path) -> None:
+    """mcore leaves the gathering of weights to the next forward pass; a save right after a step must not miss it."""
+    base = _overrides(corpus, tmp_path / "parts", "upcycle.stages=[]", "run.steps=4", "parallel.expert=2",
+                      "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")  # fmt: skip
+    whole = [*base, f"run.dir={tmp_path / 'whole'}"]
+    run_distributed(train_in_turn, 2, [[*base, "run.stop_at_step=2"], base, whole])
+    assert _final(tmp_path / "parts") == _final(tmp_path / "whole")
+
+
+def test_model_only_at_the_expansion_itself(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh moments are what the expansion then copies; the original checkpoint stays, and any path form names it."""
+    monkeypatch.chdir(tmp_path)
+    base = _overrides(corpus, Path("run"), "parallel.expert=2")
+    run_distributed(train_in_turn, 2, [[*base, "run.stop_at_step=3"]])
+    start = tmp_path / "run" / "checkpoints" / "step-00000003"
+    run_distributed(train_in_turn, 2, [[*base, f"run.resume={start}", "checkpoint.load=model_only"]])
+    assert list(metrics(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+    names = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {"step-00000003", "step-00000003.superseded-1", "step-00000003-stage1"} <= names
+    assert read_manifest(start).optimizer_step == 0
