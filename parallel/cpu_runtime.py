@@ -1,4 +1,4 @@
-"""Lets megatron-core run on CPU with gloo: the one place in Coppice that patches code of others.
+"""Lets megatron-core run on CPU with gloo: the one place in Coppice that patches functions of others.
 
 Why: mcore calls `torch.cuda` unconditionally in a few dozen places, and gloo lacks one thing that NCCL has. All
 tests and the two-minute demo run the real mcore on a laptop, so those places are redirected here, in one file, only
