@@ -28,7 +28,15 @@ class ExpertLoad:
         self.layer_numbers = layer_numbers
         self._rows = {number: row for row, number in enumerate(layer_numbers)}
         self._counts_LE = torch.zeros(len(layer_numbers), max(1, num_experts), dtype=torch.int64, device=device)
-        self._hooks = [part.layer.router.register_forward_hook(self._hook(self._rows[part.number])) for part in parts]
+        self._parts = parts
+        self._hooks: list[Any] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Start counting."""
+        self._hooks = [
+            part.layer.router.register_forward_hook(self._hook(self._rows[part.number])) for part in self._parts
+        ]
 
     def _hook(self, row: int) -> Any:
         def count(module: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -50,7 +58,7 @@ class ExpertLoad:
         self._counts_LE.zero_()
 
     def remove(self) -> None:
-        """Detach the hooks."""
+        """Stop counting and detach the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -66,7 +66,7 @@ class Stage:
         """Drop every reference this object holds, so that memory is free before the next stage is built."""
         self.load.remove()
         self.chunks, self.wrapped = [], []
-        self.optimizer = self.scheduler = None  # type: ignore[assignment]
+        self.optimizer = self.scheduler = self.load = None  # type: ignore[assignment]
 
 
 def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: int) -> Stage:
