@@ -120,6 +120,13 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     status = agent.wait()
     if status and asked and _stopped_as_asked(Path(settings.run.dir)):
         return 0
+    if code > 128:
+        # A killed rank has no last word of its own.
+        print(
+            f"error: a rank was killed by {signal.Signals(code - 128).name}: out of memory, or from outside; the same "
+            "command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
     return (code or 1) if status else 0
 
 

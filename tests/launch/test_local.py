@@ -34,6 +34,13 @@ def test_the_ranks_word_is_passed_on_and_the_agents_is_not() -> None:
     assert out.getvalue() == "error: data.corpus=x: there is no corpus\n"
 
 
+def test_a_killed_rank_is_told_by_its_signal() -> None:
+    killed = _AGENT.replace("exitcode  : 3 ", "exitcode  : -9 ").replace(
+        "error: data.corpus=x: there is no corpus\n", ""
+    )
+    assert relay(killed.splitlines(keepends=True), io.StringIO()) == 128 + signal.SIGKILL
+
+
 def test_a_ranks_own_traceback_is_passed_on_whole() -> None:
     crash = "Traceback (most recent call last):\n  File \"/work/train/run.py\", line 1, in f\n    g()\nKeyError: 'x'\nmore\n"
     out = io.StringIO()
