@@ -145,19 +145,6 @@ class Layout:
         """mcore requires it for MoE under tensor parallelism, and it never costs anything."""
         return self.config.tensor > 1
 
-    def coordinates(self) -> dict[str, int]:
-        """This rank's place in every dimension."""
-        g = self.groups
-        return {
-            "tensor": g.tp.rank(),
-            "pipeline": g.pp.rank(),
-            "context": g.cp.rank(),
-            "data": self.data_rank,
-            "expert": g.ep.rank(),
-            "expert_tensor": g.expt_tp.rank(),
-            "expert_data": g.expt_dp.rank(),
-        }
-
     def sum_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
         dist.all_reduce(tensor)

@@ -149,7 +149,7 @@ def _grow(run: "Run", plan: ExpansionPlan, source: Path, clock: _Clock) -> None:
     """Replace the stage of a run by the next one, through the checkpoint in `source`."""
     layout, persistence = run.layout, run.persistence
     old = persistence.manifest()
-    experts = expert_keys(run.stage.chunks, layout)
+    experts = old.experts
     generators = random_state.capture()
     needed = persistence.needed_bytes(plan.experts_after / plan.experts_before)
     number = run.stage.number + 1
