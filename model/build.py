@@ -66,7 +66,9 @@ def padded_vocab_size(model: ModelConfig, vocab_size: int) -> int:
     return -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
 
 
-def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, precision: str) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, num_experts: int, layout: Layout, precision: str, initialise: bool = True
+) -> TransformerConfig:
     """mcore's configuration of one stage.
 
     Args:
@@ -74,6 +76,7 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
         num_experts: experts per MoE layer in this stage; 0 for a dense model.
         layout: parallel sizes.
         precision: `bf16` or `fp32`.
+        initialise: whether layers draw initial weights.
 
     Raises:
         ConfigError: if mcore refuses a combination, in mcore's words.
@@ -123,6 +126,9 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
     )
+    if not initialise:
+        # Not by perform_initialization, which would leave out the tensor-parallel marks of the weights as well.
+        values |= dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave_unset)
     if parallel.interleaved():
         # With two pipeline ranks both neighbours are the same rank, and one batch of sends and receives would mix up
         # activations and gradients: mcore then trains on garbage without an error.
@@ -149,6 +155,11 @@ def transformer_config(model: ModelConfig, num_experts: int, layout: Layout, pre
         return make_transformer_config(cls, **values)
     except (ValueError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"megatron-core refuses this model: {' '.join(str(e).split()) or type(e).__name__}") from None
+
+
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    """An initialiser that draws nothing."""
+    return weight
 
 
 def _moe_values(model: ModelConfig, num_experts: int, te: bool) -> dict[str, Any]:
@@ -216,7 +227,14 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
 
 
 def build_chunks(
-    model: ModelConfig, num_experts: int, layout: Layout, *, vocab_size: int, sequence_length: int, precision: str
+    model: ModelConfig,
+    num_experts: int,
+    layout: Layout,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    precision: str,
+    initialise: bool = True,
 ) -> list[GPTModel]:
     """Build this rank's model chunks on its device.
 
@@ -227,11 +245,12 @@ def build_chunks(
         vocab_size: tokens of the tokenizer (padded here).
         sequence_length: longest sequence.
         precision: `bf16` or `fp32`.
+        initialise: False leaves the weights unset, for a model that is filled from elsewhere.
 
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    config = transformer_config(model, num_experts, layout, precision)
+    config = transformer_config(model, num_experts, layout, precision, initialise)
     chunks = []
     for index in range(layout.config.chunks()):
         vp_stage = index if layout.config.interleaved() else None

@@ -30,7 +30,7 @@ def sibling_divergence(
     Args:
         chunks: bare model chunks.
         layout: parallel layout.
-        parents: layer number -> parent of each expert, [M]; families are neighbours with one parent.
+        parents: layer number -> parent of each expert, [M], in any order; a family is all with one parent.
 
     Returns:
         None where no expert has a copy.
@@ -57,9 +57,10 @@ def sibling_divergence(
     divergences = []
     for row, number in enumerate(numbers):
         family = parents[number]
-        for new in range(1, experts):
-            if family[new] == family[new - 1]:
-                first = family.index(family[new])
+        firsts: dict[int, int] = {}
+        for new in range(experts):
+            first = firsts.setdefault(family[new], new)
+            if first != new:
                 pair = values_LMC[row, [first, new]].double()
                 divergences.append(1 - torch.nn.functional.cosine_similarity(pair[0], pair[1], dim=0).item())
     if not divergences:

@@ -294,7 +294,8 @@ def _sharded(
 
     @torch.no_grad()
     def build(key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
-        gate, up = (half.contiguous() for half in tensor.chunk(2, dim=1))
+        # On the meta device the halves stay views: `model/holdings.py` reads from them where they lie.
+        gate, up = (half if half.is_meta else half.contiguous() for half in tensor.chunk(2, dim=1))
         return [
             region(key, gate, replica_id, (axis, rank, 2 * size)),
             region(key, up, replica_id, (axis, size + rank, 2 * size)),

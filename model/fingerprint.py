@@ -1,151 +1,265 @@
 """Fingerprints of training state that do not depend on the layout: what lets Coppice refuse instead of guess.
 
-The fingerprint of a tensor is the sum over its elements of a mixed form of their bits, modulo 2^64. A sum does not care
+The fingerprint of a tensor is a sum over its elements, modulo 2^64, of a polynomial in their bits. A sum does not care
 which rank holds which part, so ZeRO-1 ranges, expert-parallel shards and tensor-parallel shards add up to the same
-number in every layout, and equal numbers mean equal bits in some order (64-bit collisions aside). Tensors that run over
-experts get one number per expert.
+number in every layout, and equal numbers mean equal bits in some order, collisions aside. Tensors that run over experts
+get one number per expert. A tensor of zeros has the fingerprint 0.
+
+Let x be the bits of an element, read as a signed integer of w bits. It counts with x^2 + C x, computed in integers of 2w
+bits (and shifted to the upper half of the number where 2w = 32), for an odd constant C between 2^(w+1) and
+2^2w - 2^(w+1). Changing x by d changes this by d (2x + d + C): for even d the second factor is odd, for odd d it is no
+multiple of 2^2w, so one changed element is always seen. Two changes that cancel in a plain sum, d and -d, are seen as
+well, unless the elements have traded places (or d times the difference of 2x + d is a multiple of 2^2w); unrelated
+changes escape with a chance of about 2^-2w.
 
 Used after every load (moments really are those that were saved) and around an expansion (copies equal their parents,
-everything else is untouched).
+everything else is untouched). Every rank reads all it holds, so copies of a tensor are compared on the way: replicas
+that have drifted apart are an error (`take_fingerprints`).
 """
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from model.build import expert_rows, moe_parts
 from model.sharded_state import model_state
+from parallel.errors import CheckpointError, CoppiceError
 from parallel.layout import Layout
 from parallel.optimizer_state import optimizer_views
 
 # name of state -> checkpoint key of the parameter -> one number per row (expert or router row), or a single one
 Fingerprints = dict[str, list[int]]
 
-# Odd 64-bit constants of the splitmix64 finaliser (Steele et al., OOPSLA 2014), as signed integers.
-_MIX_1 = -0x61C8864680B583EB
-_MIX_2 = -0x40A7B892E31B1A47
-_MIX_3 = -0x6B2FB644ECCEEE15
-
-
-def mix_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A 64-bit hash of every element's bits, [numel] int64."""
-    flat = tensor.detach().reshape(-1).contiguous()
-    if flat.is_floating_point():
-        flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    x = flat.to(torch.int64) + _MIX_1
-    x = (x ^ (x >> 30)) * _MIX_2
-    x = (x ^ (x >> 27)) * _MIX_3
-    return x ^ (x >> 31)
-
-
-# Elements hashed at a time: the 64-bit temporaries of a whole expert stack would not fit beside a training state.
-_CHUNK = 1 << 24
+# C as a signed integer: the golden ratio in 64 bits, and in 32 bits made odd.
+_FACTOR = {torch.int64: -0x61C8864680B583EB, torch.int32: -0x61C8864F}
+# Room for widened elements: the second-level cache of a CPU core, where the passes over it cost little; on a GPU enough
+# to hide the start of a kernel.
+_ROOM_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
+# "No copy here", in what is compared between replicas.
+_ABSENT = torch.iinfo(torch.int64).min
 
 
 def tensor_sums(tensor: torch.Tensor, start: int, row_numel: int, rows: int) -> torch.Tensor:
-    """Fingerprints of the rows of a tensor, [rows] int64, computed in bounded memory; arguments as for `row_sums`."""
-    flat = tensor.detach().reshape(-1)
-    sums = torch.zeros(rows, dtype=torch.int64, device=flat.device)
-    for offset in range(0, flat.numel(), _CHUNK):
-        sums += row_sums(mix_bits(flat[offset : offset + _CHUNK]), start + offset, row_numel, rows)
-    return sums
-
-
-def row_sums(values: torch.Tensor, start: int, row_numel: int, rows: int) -> torch.Tensor:
-    """Add hashed elements up per row, [rows] int64.
+    """Fingerprints of the rows of a tensor of which part is here, [rows] int64, computed in bounded memory.
 
     Args:
-        values: hashes of the elements start, start+1, ... of a flattened tensor.
+        tensor: the elements start, start + 1, ... of the flattened tensor.
         start: first element.
         row_numel: elements per row.
-        rows: rows of the tensor.
+        rows: rows of the whole tensor.
     """
-    sums = torch.zeros(rows, dtype=torch.int64, device=values.device)
-    if rows == 1:
-        sums[0] = values.sum()
-        return sums
-    index = torch.arange(start, start + values.numel(), device=values.device) // row_numel
-    return sums.index_add_(0, index, values)
+    bits = tensor.detach().reshape(-1)
+    if bits.element_size() == 8:
+        # Two halves of 32 bits each.
+        bits, start, row_numel = bits.view(torch.int32), 2 * start, 2 * row_numel
+    elif bits.element_size() > 1:
+        bits = bits.view(torch.int32 if bits.element_size() == 4 else torch.int16)
+    wide = torch.int64 if bits.element_size() == 4 else torch.int32
+    room = torch.empty(
+        min(_ROOM_BYTES[bits.device.type] // wide.itemsize, bits.numel()), dtype=wide, device=bits.device
+    )
+    sums = torch.zeros(rows, dtype=wide, device=bits.device)
+    position = 0
+    while position < bits.numel():
+        row, column = divmod(start + position, row_numel)
+        fit = min(bits.numel() - position, room.numel())
+        # Whole rows at a time, or a stretch of one row.
+        whole = column == 0 and fit >= row_numel
+        count, width = (fit // row_numel, row_numel) if whole else (1, min(fit, row_numel - column))
+        end = position + count * width
+        values = room[: end - position].copy_(bits[position:end]).view(count, width)
+        linear = values.sum(dim=1, dtype=wide)
+        sums[row : row + count] += values.mul_(values).sum(dim=1, dtype=wide).add_(linear, alpha=_FACTOR[wide])
+        position = end
+    return sums if wide == torch.int64 else sums.to(torch.int64) << 32
 
 
-class _Slot:
-    """Where a parameter's numbers go: its key, first row, rows held here, rows in all."""
+class _Entry(NamedTuple):
+    """A tensor of the whole job."""
 
-    def __init__(self, key: str, first: int, rows: int, total: int) -> None:
-        self.key, self.first, self.rows, self.total = key, first, rows, total
-
-
-def _slots(chunks: list[GPTModel], layout: Layout) -> dict[int, _Slot]:
-    """id of a parameter or buffer -> its slot."""
-    slots: dict[int, _Slot] = {}
-    experts = {id(p): (first, count) for part in moe_parts(chunks) for p, first, count in expert_rows(part, layout)}
-    routers = {id(t) for part in moe_parts(chunks) for t in part.layer.router.state_dict(keep_vars=True).values()}
-    total = chunks[0].config.num_moe_experts or 0
-    for part in model_state(chunks, layout).values():
-        for leaf in part.values():
-            data = getattr(leaf, "data", None)
-            if not torch.is_tensor(data):
-                continue
-            if id(data) in experts:
-                slots[id(data)] = _Slot(leaf.key, *experts[id(data)], total)
-            elif id(data) in routers:
-                slots[id(data)] = _Slot(leaf.key, 0, data.shape[0], data.shape[0])
-            else:
-                slots[id(data)] = _Slot(leaf.key, 0, 1, 1)
-    return slots
+    name: str
+    # Rows, and tensor-parallel shards; one shard where every tensor-parallel rank holds the whole.
+    rows: int
+    shards: int
+    # Whether every data-parallel rank holds a copy.
+    replicated: bool
 
 
-class _Speakers:
-    """Which ranks count a tensor, so that each element is counted once over the world."""
+class _Piece(NamedTuple):
+    """What one rank holds of a tensor."""
+
+    entry: _Entry
+    first: int
+    rows: int
+    shard: int
+    tensor: torch.Tensor
+    # Position of its first element among the rows, and elements per row.
+    start: int
+    row_numel: int
+    # Whether this rank counts it, so that each element is counted once over the world.
+    speaks: bool
+
+
+class _Slots:
+    """Where the numbers of a parameter or buffer go: its key, rows, shard, and which rank counts it."""
 
     def __init__(self, chunks: list[GPTModel], layout: Layout) -> None:
-        self.layout = layout
-        self.experts = {id(p) for part in moe_parts(chunks) for p in part.layer.experts.parameters()}
+        parts = moe_parts(chunks)
+        self._groups = layout.groups
+        self._total = chunks[0].config.num_moe_experts or 0
+        self._expert_rows = {id(p): (first, count) for part in parts for p, first, count in expert_rows(part, layout)}
+        self._routers = {id(t) for part in parts for t in part.layer.router.state_dict(keep_vars=True).values()}
+        self._keys: dict[int, str] = {}
+        for part in model_state(chunks, layout).values():
+            for leaf in part.values():
+                if torch.is_tensor(getattr(leaf, "data", None)):
+                    self._keys[id(leaf.data)] = leaf.key
 
-    def tensor_copy(self, tensor: torch.Tensor) -> bool:
-        """False on the tensor-parallel ranks that only repeat rank 0, and for a tied output embedding."""
-        if getattr(tensor, "shared", False):
-            return False
-        group = self.layout.groups.expt_tp if id(tensor) in self.experts else self.layout.groups.tp
-        return bool(getattr(tensor, "tensor_model_parallel", False)) or group.rank() == 0
+    def __contains__(self, tensor: Any) -> bool:
+        return id(tensor) in self._keys
 
-    def data_copy(self, tensor: torch.Tensor) -> bool:
-        """False on the data-parallel ranks that only repeat rank 0."""
-        group = self.layout.groups.expt_dp if id(tensor) in self.experts else self.layout.groups.dp_cp
-        return group.rank() == 0
+    def piece(self, state: str, of: torch.Tensor, tensor: torch.Tensor, start: int, *, sharded: bool) -> _Piece:
+        """Describe the state of a parameter or buffer.
+
+        Args:
+            state: weight, param, exp_avg or exp_avg_sq.
+            of: the parameter or buffer.
+            tensor: its state, the elements from `start` on of the flattened parameter.
+            start: first element.
+            sharded: whether the data-parallel ranks share the elements out, instead of holding all of them each.
+        """
+        expert = id(of) in self._expert_rows
+        first, rows, total = 0, 1, 1
+        if expert:
+            (first, rows), total = self._expert_rows[id(of)], self._total
+        elif id(of) in self._routers:
+            rows = total = of.shape[0]
+        tensor_group = self._groups.expt_tp if expert else self._groups.tp
+        data_group = self._groups.expt_dp if expert else self._groups.dp_cp
+        split = bool(getattr(of, "tensor_model_parallel", False))
+        speaks = (split or tensor_group.rank() == 0) and (sharded or data_group.rank() == 0)
+        if getattr(of, "shared", False):
+            # The output's copy of a tied embedding, on the last pipeline stage.
+            speaks = False
+        return _Piece(
+            entry=_Entry(f"{state}/{self._keys[id(of)]}", total, tensor_group.size() if split else 1, not sharded),
+            first=first,
+            rows=rows,
+            shard=tensor_group.rank() if split else 0,
+            tensor=tensor,
+            start=start,
+            row_numel=max(1, of.numel() // rows),
+            speaks=speaks,
+        )
 
 
-def take_fingerprints(chunks: list[GPTModel], optimizer: Any, layout: Layout) -> Fingerprints:
+def _pieces(chunks: list[GPTModel], optimizer: Any, layout: Layout) -> Iterator[_Piece]:
+    """Everything this rank holds of weights, persistent buffers, masters and moments."""
+    slots = _Slots(chunks, layout)
+    for chunk in chunks:
+        for tensor in chunk.state_dict(keep_vars=True).values():
+            if tensor in slots:
+                yield slots.piece("weight", tensor, tensor, 0, sharded=False)
+    for view in optimizer_views(optimizer):
+        for name, tensor in view.tensors.items():
+            yield slots.piece(name, view.param, tensor, view.start, sharded=view.sharded)
+
+
+def take_fingerprints(
+    chunks: list[GPTModel], optimizer: Any, layout: Layout, *, error: type[CoppiceError] = CheckpointError
+) -> Fingerprints:
     """Fingerprints of weights, buffers, masters and moments, equal on all ranks; collective.
+
+    Args:
+        chunks: bare model chunks.
+        optimizer: their optimizer.
+        layout: the layout of both.
+        error: what to raise where replicas disagree.
 
     Returns:
         `weight/<key>`, `param/<key>` (fp32 masters), `exp_avg/<key>`, `exp_avg_sq/<key>` -> numbers, one per expert where
         the tensor runs over experts.
+
+    Raises:
+        CoppiceError: of the given kind, on all ranks, if ranks that hold the same part of a tensor do not hold the same
+            bits, naming the first such tensor and two ranks. What the data-parallel ranks share out has no replicas.
     """
-    slots, speakers = _slots(chunks, layout), _Speakers(chunks, layout)
-    local: dict[tuple[str, int], torch.Tensor] = {}
+    pieces = list(_pieces(chunks, optimizer, layout))
+    told = layout.gather_objects(sorted({piece.entry for piece in pieces}))
+    entries = sorted({entry for theirs in told for entry in theirs})
+    at = _offsets([entry.rows for entry in entries])
+    totals = torch.zeros(at[-1], dtype=torch.int64, device=layout.device)
+    copies_at = _offsets([entry.rows * entry.shards if entry.replicated else 0 for entry in entries])
+    # The largest value of each number and the largest of its complement, which gives the smallest, in one collective.
+    copies = torch.full((2, copies_at[-1]), _ABSENT, dtype=torch.int64, device=layout.device)
+    index = {entry: i for i, entry in enumerate(entries)}
+    # An fp32 weight is its own master: read it once.
+    known: dict[int, torch.Tensor] = {}
+    for piece in pieces:
+        entry, number = piece.entry, index[piece.entry]
+        if id(piece.tensor) not in known:
+            known[id(piece.tensor)] = tensor_sums(piece.tensor, piece.start, piece.row_numel, piece.rows)
+        sums = known[id(piece.tensor)].to(layout.device)
+        if piece.speaks:
+            totals[at[number] + piece.first :][: piece.rows] += sums
+        if entry.replicated:
+            here = copies[:, copies_at[number] + piece.shard * entry.rows + piece.first :][:, : piece.rows]
+            torch.maximum(here, torch.stack((sums, ~sums)), out=here)
+    _check_replicas(copies, entries, copies_at, layout, error)
+    layout.sum_over_world(totals)
+    numbers = totals.tolist()
+    return {entry.name: numbers[begin:end] for entry, begin, end in zip(entries, at, at[1:], strict=False)}
 
-    def add(name: str, slot: _Slot, rows: torch.Tensor) -> None:
-        total = local.setdefault((f"{name}/{slot.key}", slot.total), torch.zeros(slot.total, dtype=torch.int64))
-        total[slot.first : slot.first + slot.rows] += rows.cpu()
 
-    for chunk in chunks:
-        for tensor in chunk.state_dict(keep_vars=True).values():
-            slot = slots.get(id(tensor)) if torch.is_tensor(tensor) else None
-            if slot and speakers.tensor_copy(tensor) and speakers.data_copy(tensor):
-                add("weight", slot, tensor_sums(tensor, 0, max(1, tensor.numel() // slot.rows), slot.rows))
-    for view in optimizer_views(optimizer):
-        slot = slots[id(view.param)]
-        if speakers.tensor_copy(view.param) and (view.sharded or speakers.data_copy(view.param)):
-            for name, tensor in view.tensors.items():
-                numel = max(1, view.param.numel() // slot.rows)
-                add(name, slot, tensor_sums(tensor, view.start, numel, slot.rows))
-    names = sorted({name for theirs in layout.gather_objects(sorted(local)) for name in theirs})
-    flat = torch.cat([local.get(n, torch.zeros(n[1], dtype=torch.int64)) for n in names]).to(layout.device)
-    layout.sum_over_world(flat)
-    split = flat.cpu().split([total for _, total in names])
-    return {name: numbers.tolist() for (name, _), numbers in zip(names, split, strict=True)}
+def _offsets(sizes: list[int]) -> list[int]:
+    """Where consecutive stretches begin, and the end of the last."""
+    found = [0]
+    for size in sizes:
+        found.append(found[-1] + size)
+    return found
+
+
+def _check_replicas(
+    copies: torch.Tensor, entries: list[_Entry], at: list[int], layout: Layout, error: type[CoppiceError]
+) -> None:
+    """Raise on all ranks if ranks disagree on a number; collective.
+
+    Args:
+        copies: the numbers of this rank and their complements, `_ABSENT` where it holds nothing, [2, total] int64.
+        entries: the tensors.
+        at: where the numbers of each entry begin, shard by shard.
+        layout: parallel layout.
+        error: what to raise.
+    """
+    world = layout.max_over_world(copies.clone())
+    differ = (world[0] != ~world[1]) & (world != _ABSENT).any(dim=0)
+    if not bool(differ.any()):
+        return
+    place = int(differ.nonzero()[0])
+    found = layout.gather_objects((*copies[:, place].tolist(), _coordinates(layout)))
+    # A rank whose own two copies differ shows it in the second number.
+    holders = [(who, (high, low)) for high, low, who in found if (high, low) != (_ABSENT, _ABSENT)]
+    common = Counter(value for _, value in holders).most_common(1)[0][0]
+    others = [who for who, value in holders if value != common] or [holders[0][0]]
+    usual = next(who for who, value in holders if value == common)
+    number = max(i for i in range(len(entries)) if at[i] <= place)
+    entry = entries[number]
+    what = f"expert {(place - at[number]) % entry.rows} of {entry.name}" if entry.rows > 1 else entry.name
+    raise error(
+        f"replicas disagree: {what} has other bits on {others[0]} than on {usual}: resume from the last checkpoint; if it "
+        "happens again, the memory or the network of one of these ranks is at fault"
+    )
+
+
+def _coordinates(layout: Layout) -> str:
+    groups = layout.groups
+    return (
+        f"rank {layout.rank} (data {groups.dp.rank()}, tensor {groups.tp.rank()}, context {groups.cp.rank()}, pipeline "
+        f"{groups.pp.rank()}, expert {groups.ep.rank()})"
+    )
 
 
 def first_difference(expected: Fingerprints, found: Fingerprints) -> str | None:

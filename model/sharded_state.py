@@ -57,7 +57,7 @@ def optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout, *, lo
 
 def _use_distributed_keys(single: Any, tree: dict[str, Any], model: dict[str, Any], loading: bool) -> None:
     """Name masters as the distributed optimizer does, so that either kind reads what the other wrote."""
-    for _, leaf in _sharded_leaves(tree):
+    for _, leaf in sharded_leaves(tree):
         leaf.key = leaf.key.replace(f"{OPTIMIZER_PREFIX}fp32_param.", MASTER_PREFIX, 1)
     if isinstance(single, FP32Optimizer) and not loading:
         # The weights are their own masters; the distributed optimizer will look for both.
@@ -67,25 +67,26 @@ def _use_distributed_keys(single: Any, tree: dict[str, Any], model: dict[str, An
         ]
 
 
-def _sharded_leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], ShardedBase]]:
+def sharded_leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], ShardedBase]]:
+    """The sharded entries of a tree of dicts and lists, with their paths."""
     if isinstance(tree, ShardedBase):
         yield path, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _sharded_leaves(value, (*path, key))
+            yield from sharded_leaves(value, (*path, key))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from _sharded_leaves(value, (*path, index))
+            yield from sharded_leaves(value, (*path, index))
 
 
 def _flatten(trees: list[Any]) -> dict[str, ShardedBase]:
     """Sharded leaves only, under unique names; the names are not stored, the keys of the leaves are."""
-    return {"/".join(map(str, path)): leaf for path, leaf in _sharded_leaves(trees)}
+    return {"/".join(map(str, path)): leaf for path, leaf in sharded_leaves(trees)}
 
 
 def _write_back(trees: list[Any], loaded: dict[str, Any]) -> None:
     """Put loaded tensors where their descriptions were."""
-    for path, _ in list(_sharded_leaves(trees)):
+    for path, _ in list(sharded_leaves(trees)):
         node: Any = trees
         for step in path[:-1]:
             node = node[step]
@@ -192,7 +193,7 @@ def expert_keys(chunks: list[GPTModel], layout: Layout) -> dict[str, dict[str, A
     found: dict[str, dict[str, Any]] = {}
     parts = moe_parts(chunks)
     for part in model_state(chunks, layout).values():
-        for _, leaf in _sharded_leaves(part):
+        for _, leaf in sharded_leaves(part):
             for moe in parts:
                 if leaf.key.startswith(f"{moe.prefix}experts."):
                     found[leaf.key] = {"layer": moe.number, "kind": "expert"}

@@ -87,6 +87,7 @@ def prepare_megatron() -> None:
 # Warnings that mcore's use of torch provokes (attributed to torch's files, or to the CPU runtime's).
 _HARMLESS_WARNINGS = (
     r".*torch\.distributed\.\w+` is deprecated",  # torch >= 2.13 renames collectives that mcore calls every step
+    "TypedStorage is deprecated",  # freeing gradient buffers
     "The .grad attribute of a Tensor that is not a leaf",  # the distributed optimizer works on slices of parameters
     "Please use DTensor instead and we are deprecating ShardedTensor",  # saving, as the next two: loading
     "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
@@ -131,10 +132,19 @@ def use_experts(layer_spec: Any, experts_cls: type) -> None:
     moe_submodules(layer_spec).experts = experts_cls
 
 
-def reset_moe_metrics() -> None:
-    """Forgets mcore's global MoE metrics: they are sized by layers and hold the process groups of the old layout."""
+def forget_models() -> None:
+    """Empties what mcore keeps of models outside of them: it is sized by layers, or holds old process groups alive.
+
+    The MoE metrics are global; rotary embeddings are kept, groups and all, by the cache of their own `forward`.
+    """
+    from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
     from megatron.core.transformer.moe import moe_utils
 
+    for module in (rotary_pos_embedding, yarn_rotary_pos_embedding):
+        for cls in vars(module).values():
+            forget = getattr(getattr(cls, "forward", None), "cache_clear", None)
+            if forget is not None:
+                forget()
     if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None:
         from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 

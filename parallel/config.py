@@ -4,9 +4,14 @@ The order of ranks and the folding of expert parallelism over data parallelism a
 tensor x context x data x pipeline, expert parameters expert-tensor x expert x expert-data x pipeline over the same ranks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
 
 from parallel.errors import ConfigError
+
+_NO_KEYS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -44,27 +49,30 @@ class ParallelConfig:
                 "raise parallel.pipeline or drop parallel.virtual_pipeline"
             )
 
-    def data(self, world_size: int) -> int:
+    def data(self, world_size: int, keys: Mapping[str, str] = _NO_KEYS) -> int:
         """Data-parallel size of the dense parameters for a number of processes.
+
+        Args:
+            world_size: processes of the job.
+            keys: for the message, where a size was set if not at `parallel.SIZE`.
 
         Raises:
             ConfigError: if either family of parameters does not fit the number of processes.
         """
-        dense = self.tensor * self.pipeline * self.context
-        if world_size % dense:
-            raise ConfigError(
-                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} x parallel.context={self.context} "
-                f"= {dense} does not divide the {world_size} processes: start a multiple of {dense} processes, or "
-                "lower one of them"
-            )
-        experts = self.expert_tensor * self.expert * self.pipeline
-        if world_size % experts:
-            raise ConfigError(
-                f"parallel.expert={self.expert} x parallel.expert_tensor={self.expert_tensor} x "
-                f"parallel.pipeline={self.pipeline} = {experts} does not divide the {world_size} processes: start a "
-                f"multiple of {experts} processes, or lower one of them"
-            )
+        dense = self._product(world_size, ("tensor", "pipeline", "context"), keys)
+        self._product(world_size, ("expert", "expert_tensor", "pipeline"), keys)
         return world_size // dense
+
+    def _product(self, world_size: int, sizes: tuple[str, ...], keys: Mapping[str, str]) -> int:
+        """Ranks that hold one copy of a family of parameters, which must divide the processes."""
+        product = prod(getattr(self, name) for name in sizes)
+        if world_size % product:
+            factors = " x ".join(f"{keys.get(name, f'parallel.{name}')}={getattr(self, name)}" for name in sizes)
+            raise ConfigError(
+                f"{factors} = {product} does not divide the {world_size} processes: start a multiple of {product} "
+                "processes, or lower one of them"
+            )
+        return product
 
     def expert_data(self, world_size: int) -> int:
         """Ranks that hold the same experts (expert-data-parallel size)."""

@@ -1,7 +1,8 @@
 """The process groups of a run as one object that is passed around, never fetched from globals.
 
-`Layout.create` joins the job's process group, forms mcore's groups and seeds its RNG trackers. The rest of the code asks
-the layout for coordinates and collectives; only this package touches torch.distributed or mcore.parallel_state.
+`join_job` joins the job's process group; `Layout.create` forms mcore's groups and seeds its RNG trackers, `Layout.change`
+replaces them by those of another layout on the same processes, `leave_job` gives everything back. The rest of the code
+asks the layout for coordinates and collectives; only this package touches torch.distributed or mcore.parallel_state.
 """
 
 import os
@@ -81,13 +82,40 @@ def join_job(timeout_seconds: int) -> bool:
     return True
 
 
+def _destroy_groups() -> None:
+    """Let mcore forget its process groups, and destroy each that this rank is in.
+
+    mcore's `destroy_model_parallel` destroys a few gloo groups and only forgets the rest (0.16.1 and 0.19.2 alike), whose
+    sockets, threads and NCCL communicators would stay until the job ends. It keeps a list of all groups it made.
+    """
+    made = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    # First, because 0.19 gives back a context that needs its communicators.
+    parallel_state.destroy_model_parallel()
+    # In the order they were made, which is the same on every rank of a group.
+    for group in dict.fromkeys(made):
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+
+
 @dataclass
 class Layout:
-    """Sizes, this rank's coordinates, and the process groups of one parallel layout."""
+    """Sizes, this rank's coordinates, and the process groups of one parallel layout.
+
+    Attributes:
+        config: sizes of the parallel dimensions.
+        world_size: processes of the job.
+        rank: this process, from 0.
+        ranks_per_node: processes on this machine.
+        data_size: data-parallel ranks of the dense parameters.
+        data_rank: this rank among them.
+        groups: mcore's process groups; without attributes once the layout was changed.
+        device: where tensors live.
+    """
 
     config: ParallelConfig
     world_size: int
     rank: int
+    ranks_per_node: int
     data_size: int
     data_rank: int
     groups: ProcessGroupCollection
@@ -95,11 +123,11 @@ class Layout:
 
     @classmethod
     def create(cls, config: ParallelConfig, seed: int) -> "Layout":
-        """Form the process groups and seed mcore's RNG trackers.
+        """Form the process groups and seed the generators; collective.
 
         Args:
             config: sizes of the parallel dimensions.
-            seed: root seed; mcore derives one stream per (tensor, pipeline, expert) coordinate from it.
+            seed: of the generators (`seed_streams`).
 
         Raises:
             ConfigError: if the sizes do not fit the number of processes.
@@ -107,7 +135,7 @@ class Layout:
         world = dist.get_world_size()
         config.data(world)
         if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
+            _destroy_groups()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
@@ -117,18 +145,51 @@ class Layout:
             expert_tensor_parallel_size=config.expert_tensor,
             distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
         )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        torch.manual_seed(seed)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        return cls(
+        layout = cls(
             config=config,
             world_size=world,
             rank=dist.get_rank(),
+            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
             data_size=parallel_state.get_data_parallel_world_size(),
             data_rank=parallel_state.get_data_parallel_rank(),
             groups=ProcessGroupCollection.use_mpu_process_groups(),
             device=device,
         )
+        layout.seed_streams(seed)
+        return layout
+
+    def change(self, config: ParallelConfig, seed: int) -> "Layout":
+        """Replace the process groups of this layout by those of another one on the same processes; collective.
+
+        What was built on the old groups must be gone, or at least done with them: they are destroyed first, so that their
+        communicators and those of the new layout are never held together. This object keeps no groups.
+
+        Args:
+            config: sizes of the parallel dimensions from now on.
+            seed: of the generators (`seed_streams`); another one than before, or their streams begin again.
+
+        Raises:
+            ConfigError: if the sizes do not fit the number of processes; nothing was changed then.
+        """
+        config.data(self.world_size)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        # No rank may still be in a collective of a group that another one destroys.
+        self.barrier()
+        # Sockets and threads of a gloo group live as long as anything refers to it.
+        self.groups = ProcessGroupCollection()
+        _destroy_groups()
+        return Layout.create(config, seed)
+
+    def seed_streams(self, seed: int) -> None:
+        """Start the generators of this rank: torch's, and mcore's streams, one per tensor and expert coordinate.
+
+        Args:
+            seed: from which mcore derives the seed of each stream.
+        """
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        torch.manual_seed(seed)
 
     @property
     def is_first_stage(self) -> bool:
@@ -145,9 +206,23 @@ class Layout:
         """mcore requires it for MoE under tensor parallelism, and it never costs anything."""
         return self.config.tensor > 1
 
+    def describe(self) -> dict[str, int]:
+        """The sizes as plain numbers, for logs, events and checkpoints."""
+        return self.config.describe(self.world_size)
+
     def sum_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
         dist.all_reduce(tensor)
+        return tensor
+
+    def max_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Largest value of each element over all ranks, in place."""
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def min_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Smallest value of each element over all ranks, in place."""
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return tensor
 
     def sum_over(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -204,8 +279,11 @@ class Layout:
 
 
 def leave_job(joined: bool) -> None:
-    """Forget mcore's groups, and leave the process group if `join_job` joined it."""
+    """Destroy mcore's groups, and leave the process group if `join_job` joined it.
+
+    No rank waits for another: one that failed leaves alone.
+    """
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
     if joined and dist.is_initialized():
         dist.destroy_process_group()

@@ -5,7 +5,7 @@ masters on every rank, and plain fp32. `optimizer_views` hides the difference; c
 read and write state through it. Adam's step count is a number per optimizer in mcore's formats, so it is handled apart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,34 @@ class OptimizerView:
         tensors: `param` (the fp32 master; the weight itself where the model is fp32), `exp_avg`, `exp_avg_sq`: same
             number of elements each. No moments before the first step.
         sharded: whether other data ranks hold the rest.
+        inner: the torch optimizer that steps it.
+        key: the tensor under which `inner` keeps its moments.
     """
 
     param: torch.nn.Parameter
     start: int
     tensors: dict[str, torch.Tensor]
     sharded: bool
+    inner: torch.optim.Optimizer
+    key: torch.Tensor
+
+    def moment(self, name: str) -> torch.Tensor:
+        """A moment, [numel of the master] fp32; made with unset values where the optimizer has none yet."""
+        state = self.inner.state[self.key]
+        if name not in state:
+            state[name] = torch.empty_like(self.key, memory_format=torch.preserve_format)
+        self.tensors[name] = state[name]
+        return self.tensors[name]
+
+    def rows(self, number: int) -> Iterator[tuple[int, int, int]]:
+        """The rows that this state covers, whole or in part: (row, first element here, one past the last).
+
+        Args:
+            number: rows of the whole parameter, equal in size.
+        """
+        size, numel = self.param.numel() // number, self.tensors["param"].numel()
+        for row in range(self.start // size, -(-(self.start + numel) // size) if numel else 0):
+            yield row, max(0, row * size - self.start), min(numel, (row + 1) * size - self.start)
 
 
 def chained(optimizer: Any) -> list[Any]:
@@ -50,16 +72,21 @@ def optimizer_views(optimizer: Any) -> Iterator[OptimizerView]:
         elif isinstance(single, Float16OptimizerWithFloat16Params):
             for params, masters in zip(single.float16_groups, single.fp32_from_float16_groups, strict=True):
                 for param, master in zip(params, masters, strict=True):
-                    yield OptimizerView(param, 0, {"param": master} | _moments(single, master), sharded=False)
+                    yield _whole_view(single, param, master)
             for group in single.fp32_from_fp32_groups:
                 for param in group:
-                    yield OptimizerView(param, 0, {"param": param} | _moments(single, param), sharded=False)
+                    yield _whole_view(single, param, param)
         elif isinstance(single, FP32Optimizer):
             for group in single.optimizer.param_groups:
                 for param in group["params"]:
-                    yield OptimizerView(param, 0, {"param": param} | _moments(single, param), sharded=False)
+                    yield _whole_view(single, param, param)
         else:
             raise TypeError(f"unknown optimizer {type(single).__name__}: teach parallel/optimizer_state.py about it")
+
+
+def _whole_view(single: Any, param: torch.nn.Parameter, master: torch.Tensor) -> OptimizerView:
+    tensors = {"param": master} | _moments(single, master)
+    return OptimizerView(param, 0, tensors, sharded=False, inner=single.optimizer, key=master)
 
 
 def _moments(single: Any, key: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -71,7 +98,8 @@ def _distributed_views(single: DistributedOptimizer) -> Iterator[OptimizerView]:
     for param, (group, index) in single.model_param_group_index_map.items():
         main = single.optimizer.param_groups[group]["params"][index]
         owned = single._get_model_param_range_map(param)["param"]
-        yield OptimizerView(param, owned.start, {"param": main} | _moments(single, main), sharded=True)
+        tensors = {"param": main} | _moments(single, main)
+        yield OptimizerView(param, owned.start, tensors, sharded=True, inner=single.optimizer, key=main)
 
 
 def allocate_state(optimizer: Any) -> None:
@@ -85,6 +113,11 @@ def allocate_state(optimizer: Any) -> None:
                 single._init_optimizer_states_with_dummy_values()
             else:
                 single.init_state_fn(single.optimizer, single.config)
+
+
+def has_moments(optimizer: Any) -> bool:
+    """Whether this rank's optimizer keeps any moments yet; they come with the first step or a load."""
+    return any(name in view.tensors for view in optimizer_views(optimizer) for name in MOMENTS)
 
 
 def clear_moments(optimizer: Any) -> None:
@@ -141,6 +174,23 @@ def set_step(optimizer: Any, step: int) -> None:
 def _keeps_step_per_parameter(single: Any) -> bool:
     """torch's Adam counts per parameter, Transformer Engine's and Apex's per parameter group."""
     return isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def adam_step(inner: torch.optim.Optimizer, group: Mapping[str, Any], key: torch.Tensor) -> int:
+    """Adam's step count as one parameter has it; 0 before the first step."""
+    owner: Mapping[str, Any] = inner.state[key] if isinstance(inner, torch.optim.Adam) else group
+    return int(owner.get("step", 0))
+
+
+def adam_betas(inner: torch.optim.Optimizer, group: Mapping[str, Any]) -> tuple[float, float]:
+    """The betas as the optimizer computes with them: torch's in fp64, those of the other two in fp32.
+
+    1 - 0.999 differs by 1.3e-5 between the two, and so would every correction.
+    """
+    first, second = (float(beta) for beta in group["betas"])
+    if isinstance(inner, torch.optim.Adam):
+        return first, second
+    return tuple(torch.tensor((first, second), dtype=torch.float32).tolist())  # type: ignore[return-value]
 
 
 def forget_step(optimizer: Any) -> None:

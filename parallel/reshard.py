@@ -8,7 +8,7 @@ A rank that fails in the middle (out of memory, say) goes on exchanging empty me
 not left waiting, and raises then; the caller makes all ranks raise together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -82,7 +82,6 @@ def execute(
     *,
     message_bytes: int,
     device: torch.device | str = "cpu",
-    on_wave: Callable[[Wave], None] | None = None,
 ) -> Moved:
     """Fill the new state from the old one; every rank calls it with its own part of one plan.
 
@@ -93,7 +92,6 @@ def execute(
         transport: how bytes travel.
         message_bytes: bound of one message, equal on all ranks.
         device: where staging buffers lie.
-        on_wave: called after each wave, for progress.
 
     Raises:
         ExpansionError: if a peer is gone.
@@ -111,9 +109,11 @@ def execute(
                 failure = e
         failure = _exchange(todo, old, new, transport, message_bytes, device, moved, failure)
         if failure is None:
-            old.end(wave)
-            if on_wave:
-                on_wave(wave)
+            try:
+                old.end(wave)
+                new.end(wave)
+            except Exception as e:
+                failure = e
     if failure is not None:
         raise failure
     return moved

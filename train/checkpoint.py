@@ -22,7 +22,7 @@ from typing import Any
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
 
@@ -85,7 +85,11 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{file} cannot be read ({e}): use an older checkpoint") from None
     if values.get("format") != FORMAT:
-        raise CheckpointError(f"{file} has format {values.get('format')}; this version reads format {FORMAT}")
+        writer = values.get("versions", {}).get("coppice", "of an unknown version")
+        raise CheckpointError(
+            f"{file} has format {values.get('format')}, written by coppice {writer}; this version reads format {FORMAT}: "
+            "go on with the coppice that wrote it, or start anew in another run.dir"
+        )
     return Manifest(**values)
 
 

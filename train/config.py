@@ -4,6 +4,7 @@
 before any process group or device is touched.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from model.config import ModelConfig, divides, one_of, positive
@@ -233,6 +234,11 @@ class TrackingConfig:
         one_of("tracking.mode", self.mode, ("offline", "online"))
 
 
+def _first_keys() -> dict[str, str]:
+    """Where the sizes of the first stage's layout are set, by name."""
+    return {name: f"parallel.{name}" for name in ParallelConfig.__dataclass_fields__}
+
+
 @dataclass
 class RunSettings:
     """Everything a run is told: the root of the configuration."""
@@ -254,64 +260,70 @@ class RunSettings:
         Raises:
             ConfigError: naming the keys, the values and the remedy.
         """
-        self._check_layout(world_size)
+        self._check_layout(world_size, self.parallel, _first_keys())
         self._check_schedule()
         self.upcycle.check(self.model, self.parallel, self.run.steps)
+        for parallel, keys in self._later_layouts():
+            self._check_layout(world_size, parallel, keys)
         self.data.corpora()
 
-    def _check_layout(self, world_size: int) -> None:
-        model, parallel, data = self.model, self.parallel, self.data
-        data_ranks = parallel.data(world_size)
-        parallel.expert_data(world_size)
+    def parallel_of(self, stage: int) -> ParallelConfig:
+        """The parallel layout of a stage, the first being 0."""
+        return self.upcycle.layouts(self.parallel)[stage]
+
+    def _later_layouts(self) -> Iterator[tuple[ParallelConfig, dict[str, str]]]:
+        """The layout of every stage that changes it, with the dotted key at which each of its sizes is set."""
+        keys = _first_keys()
+        for i, stage in enumerate(self.upcycle.stages):
+            if stage.parallel.changes():
+                keys |= {name: f"upcycle.stages[{i}].parallel.{name}" for name in stage.parallel.changes()}
+                yield self.parallel_of(i + 1), dict(keys)
+
+    def _check_layout(self, world_size: int, parallel: ParallelConfig, keys: Mapping[str, str]) -> None:
+        model, data = self.model, self.data
+        data_ranks = parallel.data(world_size, keys)
         if parallel.expert > 1 and not model.num_experts:
-            raise ConfigError(f"parallel.expert={parallel.expert} needs experts: model.num_experts=0 is a dense model")
-        divides("model.num_experts", model.num_experts, "parallel.expert", parallel.expert)
+            raise ConfigError(f"{keys['expert']}={parallel.expert} needs experts: model.num_experts=0 is a dense model")
+        if parallel is self.parallel:
+            # Of later stages `upcycle.check` knows the number.
+            divides("model.num_experts", model.num_experts, "parallel.expert", parallel.expert)
         divides(
             "model.expert_ffn_hidden_size",
             model.expert_ffn_hidden_size,
-            "parallel.expert_tensor",
+            keys["expert_tensor"],
             parallel.expert_tensor,
         )
-        divides("model.attention_heads", model.attention_heads, "parallel.tensor", parallel.tensor)
+        tensor, pipeline, virtual = keys["tensor"], keys["pipeline"], keys["virtual_pipeline"]
+        divides("model.attention_heads", model.attention_heads, tensor, parallel.tensor)
         if model.kv_heads is not None and model.kv_heads % parallel.tensor and parallel.tensor % model.kv_heads:
             raise ConfigError(
-                f"model.kv_heads={model.kv_heads} and parallel.tensor={parallel.tensor} do not divide each other: "
+                f"model.kv_heads={model.kv_heads} and {tensor}={parallel.tensor} do not divide each other: "
                 "change one of them"
             )
-        divides("model.hidden_size", model.hidden_size, "parallel.tensor", parallel.tensor)
-        divides("model.vocab_multiple", model.vocab_multiple, "parallel.tensor", parallel.tensor)
-        divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", parallel.tensor)
-        if model.shared_expert_ffn_hidden_size is not None:
-            divides(
-                "model.shared_expert_ffn_hidden_size",
-                model.shared_expert_ffn_hidden_size,
-                "parallel.tensor",
-                parallel.tensor,
-            )
-        divides(
-            "model.layers",
-            model.layers,
-            "parallel.pipeline x parallel.virtual_pipeline",
-            parallel.pipeline * parallel.chunks(),
-        )
+        for name in ("hidden_size", "vocab_multiple", "ffn_hidden_size", "shared_expert_ffn_hidden_size"):
+            divides(f"model.{name}", getattr(model, name) or 0, tensor, parallel.tensor)
+        divides("model.layers", model.layers, f"{pipeline} x {virtual}", parallel.pipeline * parallel.chunks())
         divides(
             "data.sequence_length",
             data.sequence_length,
-            "2 x parallel.context x parallel.tensor",
+            f"2 x {keys['context']} x {tensor}",
             (2 * parallel.context if parallel.context > 1 else 1) * parallel.tensor,
         )
+        # Only the sizes that a stage sets are worth naming: the data-parallel size follows from them.
+        changed = [keys[name] for name in ("tensor", "pipeline", "context") if keys[name] != f"parallel.{name}"]
+        ranks = "data-parallel ranks" + (f" (processes / {' / '.join(changed)})" if changed else "")
         divides(
             "data.global_batch_size",
             data.global_batch_size,
-            "data.micro_batch_size x data-parallel ranks",
+            f"data.micro_batch_size x {ranks}",
             data.micro_batch_size * data_ranks,
         )
         accumulation = data.global_batch_size // (data.micro_batch_size * data_ranks)
         if parallel.chunks() > 1:
             divides(
-                "gradient accumulation (data.global_batch_size / data.micro_batch_size / data ranks)",
+                f"gradient accumulation (data.global_batch_size / data.micro_batch_size / {ranks})",
                 accumulation,
-                "parallel.pipeline",
+                pipeline,
                 parallel.pipeline,
             )
 

@@ -23,24 +23,31 @@ class Console:
         self, settings: RunSettings, counts: dict[str, int], layout: dict[str, int], micro_batches: int, kind: str
     ) -> None:
         """Print what was derived: parameters, layout, tokens per step."""
-        data, model = settings.data, settings.model
-        stages = settings.upcycle.expert_counts(model.num_experts)
-        sizes = ", ".join(f"{name} {size}" for name, size in layout.items() if size > 1 or name == "world")
-        tokens = data.global_batch_size * data.sequence_length
+        model = settings.model
+        counts_of = settings.upcycle.expert_counts(model.num_experts)
+        stages = [n for i, n in enumerate(counts_of) if i == 0 or n != counts_of[i - 1]]
         self.say(f"run {settings.run.dir}: {settings.run.steps} steps, {settings.run.precision}")
         self.say(
             f"model: {counts['parameters_total'] / 1e6:.2f} M parameters, {counts['parameters_active'] / 1e6:.2f} M active; "
             f"{model.layers} layers, experts {' -> '.join(map(str, stages))}, top-{model.top_k}, expert module {kind}"
         )
+        self.layout(settings, layout, micro_batches)
+        for i, stage in enumerate(settings.upcycle.stages):
+            grown = f"{counts_of[i]} -> {counts_of[i + 1]} experts, {stage.selection}"
+            sizes = [f"{name} {size}" for name, size in stage.parallel.changes().items()]
+            changes = ([grown] if stage.grows() else []) + (["layout: " + " ".join(sizes)] if sizes else [])
+            self.say(f"stage {i + 1}: after step {stage.at_step}, {', '.join(changes)}")
+
+    def layout(self, settings: RunSettings, layout: dict[str, int], micro_batches: int) -> None:
+        """Print a layout, and what a step is made of in it."""
+        data = settings.data
+        sizes = ", ".join(f"{name} {size}" for name, size in layout.items() if size > 1 or name == "world")
+        tokens = data.global_batch_size * data.sequence_length
         self.say(f"layout: {sizes}")
         self.say(
             f"tokens per step: {data.micro_batch_size} micro-batch x {micro_batches} accumulation x {layout['data']} data "
             f"ranks x {data.sequence_length} sequence = {tokens}"
         )
-        for i, stage in enumerate(settings.upcycle.stages):
-            self.say(
-                f"expansion {i + 1}: after step {stage.at_step}, {stages[i]} -> {stages[i + 1]} experts, {stage.selection}"
-            )
 
     def progress(self, record: dict[str, Any], next_event: str) -> None:
         """Print one line about a step, with the time left at the pace since the last line."""

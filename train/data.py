@@ -5,7 +5,7 @@ and survives any change of layout: rank r of D reads its slice of the same globa
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +182,17 @@ class DataStream:
         if following + self.config.global_batch_size <= sum(s.samples for s in self.segments):
             self._ahead = (following, self._reader.submit(self._read, following, "train"))
         return batches
+
+    def enter(self, layout: Layout) -> None:
+        """Read for this rank's coordinates in another layout from now on; what was read ahead is dropped.
+
+        The position is a number of samples, and the global batch stays: nothing is skipped or read twice.
+        """
+        if self._ahead is not None:
+            # Whether it could be read does not matter any more, but it asks for the old coordinates until it ends.
+            wait([self._ahead[1]])
+            self._ahead = None
+        self.layout = layout
 
     def peek(self, first: int) -> list[Batch]:
         """Like `train`, for a look at batches that are not consumed: what was read ahead stays."""

@@ -1,72 +1,76 @@
-"""The expansion inside the running job, by way of the checkpoint: score, plan, save, transform, rebuild, load, verify.
+"""The expansion inside the running job: score, plan, save, switch, verify, go on.
 
-Between two optimizer steps, on all ranks or none. Nothing of the old stage is lost before the new one is verified: its
-checkpoint is complete on disk first, and the new one is published only after verification.
+Between two optimizer steps, on all ranks or none. The stage before is complete in its checkpoint first (unless
+`upcycle.save_before=false`); `train/switch.py` then carries the state over.
 """
 
 import contextlib
-import gc
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.build import count_parameters
-from model.fingerprint import take_fingerprints
-from model.sharded_state import expert_keys
 from parallel.errors import ExpansionError
+from parallel.redistribute import Redistribution
 from train import random_state
-from train.checkpoint import Manifest, checkpoint_name
-from train.stage import build_stage
 from train.step import run_micro_batches
+from train.switch import Clock, through_checkpoint, through_memory
 from upcycle.plan import ExpansionPlan, plan_expansion
-from upcycle.transform import expand_checkpoint
 from upcycle.utility import gradient_scores, weight_scores
-from upcycle.verify import verify_expansion
 
 if TYPE_CHECKING:
     from train.run import Run
 
 
-class _Clock:
-    """Seconds per named act of the switch."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def act(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-
 def expand(run: "Run") -> None:
-    """Grow the experts of a run in place; on return the next step trains the larger model.
+    """Take a run into its next stage in place; on return the next step trains there.
 
     Raises:
-        ExpansionError: if ranks disagree on the plan, or anything is not as the plan says afterwards. The stage before
-            is complete in its checkpoint.
+        ExpansionError: if ranks disagree on the plan, a rank fails, or anything is not as the plan says afterwards. The
+            stage before is complete in its checkpoint.
     """
-    clock = _Clock()
+    clock, options = Clock(), run.settings.upcycle
     before_loss = run.evaluate()
     with clock.act("plan"):
         plan = make_plan(run)
     for line in plan.table():
         run.console.say(line)
-    with clock.act("save"):
-        source = run.persistence.save_unless_saved()
-    _grow(run, plan, source, clock)
+    saved: Path | None = None
+    if options.save_before or options.path == "checkpoint":
+        with clock.act("save"):
+            saved = run.persistence.save_unless_saved()
+    moved: Redistribution | None = None
+    if options.path == "live":
+        moved = through_memory(run, plan, saved, clock)
+        for line in moved.table():
+            run.console.say(line)
+        if options.save_after:
+            with clock.act("save"):
+                run.persistence.save_unless_saved()
+    else:
+        assert saved is not None
+        through_checkpoint(run, plan, saved, clock)
+    _announce(run, plan, clock, before_loss, moved)
+
+
+def _announce(
+    run: "Run", plan: ExpansionPlan, clock: Clock, before_loss: float | None, moved: Redistribution | None
+) -> None:
+    """Evaluate again, and tell what happened."""
     after_loss = run.evaluate()
     pause = sum(clock.seconds.values())
+    grown = plan.experts_after > plan.experts_before
     run.event(
-        "expansion",
+        "expansion" if grown else "layout_change",
         stage=run.stage.number,
         from_experts=plan.experts_before,
         to_experts=plan.experts_after,
         selection=dict(plan.selection),
         plan=str(_plan_file(run, plan).relative_to(run.files.run_dir)),
+        path=run.settings.upcycle.path,
+        layout=run.layout.config.describe(run.layout.world_size),
+        moved_bytes=moved.sent if moved else None,
+        least_bytes=moved.least if moved else None,
         valid_loss_before=before_loss,
         valid_loss_after=after_loss,
         pause_seconds=pause,
@@ -76,9 +80,8 @@ def expand(run: "Run") -> None:
     change = (
         "" if before_loss is None or after_loss is None else f", validation loss {before_loss:.4f} -> {after_loss:.4f}"
     )
-    run.console.say(
-        f"expanded {plan.experts_before} -> {plan.experts_after} experts in {pause:.1f} s, verified{change}"
-    )
+    what = f"expanded {plan.experts_before} -> {plan.experts_after} experts" if grown else "changed the layout"
+    run.console.say(f"{what} in {pause:.1f} s, verified{change}")
 
 
 def make_plan(run: "Run") -> ExpansionPlan:
@@ -143,41 +146,3 @@ def _gradient_scores(run: "Run", batches: int) -> dict[int, list[float]]:
     random_state.restore(generators)
     stage.load.reset()
     return scores
-
-
-def _grow(run: "Run", plan: ExpansionPlan, source: Path, clock: _Clock) -> None:
-    """Replace the stage of a run by the next one, through the checkpoint in `source`."""
-    layout, persistence = run.layout, run.persistence
-    old = persistence.manifest()
-    experts = old.experts
-    generators = random_state.capture()
-    needed = persistence.needed_bytes(plan.experts_after / plan.experts_before)
-    number = run.stage.number + 1
-    # Filled once the new stage stands; published with it.
-    manifest = Manifest(**vars(old))
-
-    def write(staging: Path) -> None:
-        with clock.act("transform"):
-            expand_checkpoint(source / "tensors", staging / "tensors", plan, experts, layout)
-        with clock.act("rebuild"):
-            run.stage.release()
-            gc.collect()
-            run.stage = build_stage(run.settings, number, layout, run.vocab_size)
-        with clock.act("load"):
-            persistence.load_stage(staging / "tensors", old.optimizer_step)
-            run.stage.scheduler.load_state_dict(old.scheduler)
-            random_state.restore(generators)
-            with layout.together("saving generator states"):
-                random_state.save(staging / "rng", layout.rank)
-        with clock.act("verify"):
-            found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
-            verify_expansion(old.fingerprints, found, plan, experts)
-        run.plans.append(plan.to_dict())
-        manifest.stage, manifest.num_experts = number, plan.experts_after
-        manifest.fingerprints = found
-        manifest.experts = expert_keys(run.stage.chunks, layout)
-        manifest.plans = list(run.plans)
-
-    began = time.perf_counter()
-    path = persistence.folder.write(checkpoint_name(run.step, number, expanded=True), manifest, needed, write)
-    persistence.saved(path, time.perf_counter() - began)

@@ -14,6 +14,7 @@ from model.fingerprint import first_difference, take_fingerprints
 from model.sharded_state import expert_keys, load_tensors, save_tensors
 from parallel.compat import versions
 from parallel.errors import CheckpointError, ConfigError
+from parallel.layout import Layout
 from parallel.optimizer_state import get_step
 from train import random_state
 from train.checkpoint import (
@@ -53,11 +54,19 @@ class Persistence:
 
     def __init__(self, run: "Run") -> None:
         self.run = run
-        self.layout = run.layout
         self.settings = run.settings
-        self.folder = CheckpointFolder(Path(run.settings.run.dir), run.layout, run.settings.checkpoint.keep_last)
         # Step, stage and folder of the newest checkpoint that holds the current state.
         self._saved: tuple[int, int, Path] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the run's current stage."""
+        return self.run.layout
+
+    @property
+    def folder(self) -> CheckpointFolder:
+        """The run's folder of checkpoints."""
+        return CheckpointFolder(Path(self.settings.run.dir), self.layout, self.settings.checkpoint.keep_last)
 
     # ---- starting ---------------------------------------------------------------------------------------------------
 
@@ -116,19 +125,21 @@ class Persistence:
             )
         if manifest.stage > len(stages):
             raise ConfigError(
-                f"checkpoint {path} has made {manifest.stage} expansions, upcycle.stages lists {len(stages)}: list them all"
+                f"checkpoint {path} has gone through {manifest.stage} stages after the first, upcycle.stages lists "
+                f"{len(stages)}: list them all"
             )
         for i, plan in enumerate(manifest.plans):
             if (plan["step"], plan["experts_after"]) != (stages[i].at_step, counts[i + 1]):
                 raise ConfigError(
                     f"upcycle.stages[{i}] gives {counts[i + 1]} experts after step {stages[i].at_step}, but checkpoint "
-                    f"{path} grew to {plan['experts_after']} after step {plan['step']}: past expansions cannot be changed"
+                    f"{path} went on with {plan['experts_after']} after step {plan['step']}: past expansions cannot be "
+                    "changed"
                 )
         for i in range(manifest.stage, len(stages)):
             if stages[i].at_step < manifest.step:
                 raise ConfigError(
                     f"upcycle.stages[{i}].at_step={stages[i].at_step} lies before checkpoint {path.name} (step "
-                    f"{manifest.step}), which did not make this expansion: use a later step or an earlier checkpoint"
+                    f"{manifest.step}), which did not enter this stage: use a later step or an earlier checkpoint"
                 )
 
     def _check_data(self, path: Path, manifest: Manifest) -> None:
@@ -174,10 +185,13 @@ class Persistence:
         if full:
             self.verify(path, manifest)
         stage.scheduler.load_state_dict(manifest.scheduler)
-        if manifest.layout == self.settings.parallel.describe(self.layout.world_size):
+        run.step, run.samples = manifest.step, manifest.data["samples"]
+        if manifest.layout == self.layout.describe():
             with self.layout.together("loading generator states"):
                 random_state.load(path / "rng", self.layout.rank)
-        run.step, run.samples = manifest.step, manifest.data["samples"]
+        else:
+            # Its streams mean nothing here; those this layout was formed with would begin the run's over again.
+            run.seed_streams()
         run.plans = list(manifest.plans)
         # With fresh moments the state is not that of the files any more.
         self._saved = (manifest.step, manifest.stage, path) if full else None
@@ -222,7 +236,7 @@ class Persistence:
             optimizer_step=max(self.layout.gather_objects(get_step(stage.optimizer))),
             model=model_identity(self.settings, run.vocab_size),
             vocab_size=run.vocab_size,
-            layout=self.settings.parallel.describe(self.layout.world_size),
+            layout=self.layout.describe(),
             fingerprints=take_fingerprints(stage.chunks, stage.optimizer, self.layout),
             experts=expert_keys(stage.chunks, self.layout),
             data={

@@ -1,5 +1,6 @@
-"""Generator states of one rank: torch's, CUDA's, and those mcore keeps per parallel coordinate."""
+"""Generator states of one rank: torch's, CUDA's, and those mcore keeps per parallel coordinate; and named seeds."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,12 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from parallel.errors import CheckpointError
+
+
+def named_seed(name: str) -> int:
+    """A seed that depends on a name alone: the same on every rank and machine, unrelated to that of any other name."""
+    # Seven bytes: mcore adds small offsets, and torch takes 64 bits.
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def capture() -> dict[str, Any]:

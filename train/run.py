@@ -7,17 +7,19 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.build import count_parameters, experts_kind
+from model.build import count_parameters, experts_kind, transformer_config
 from model.divergence import sibling_divergence
 from model.load import load_figures
 from parallel.compat import versions
-from parallel.errors import CoppiceError, DataError
+from parallel.errors import ConfigError, CoppiceError, DataError
 from parallel.layout import Layout
+from train import random_state
 from train.checkpoint import Manifest, folder_bytes
 from train.config import RunSettings
 from train.console import Console
@@ -66,7 +68,7 @@ class Run:
 
         Args:
             settings: checked settings.
-            layout: process groups.
+            layout: process groups of the first stage; a run that is resumed in a later one changes them.
             corpora: opened corpora (`train.data.open_corpora`).
 
         Raises:
@@ -76,10 +78,13 @@ class Run:
         run.persistence = Persistence(run)
         source = run.persistence.find_start()
         manifest = run.persistence.check_start(source)
+        number = manifest.stage if manifest else 0
+        run._check_later_stages(number)
         with layout.together("preparing run.dir"):
             if layout.rank == 0:
                 run.files.prepare()
-        run.stage = build_stage(settings, manifest.stage if manifest else 0, layout, run.vocab_size)
+        layout = run.enter_layout(number)
+        run.stage = build_stage(settings, number, layout, run.vocab_size)
         run._open_data(manifest)
         if manifest and source:
             run.persistence.load(source, manifest)
@@ -100,6 +105,52 @@ class Run:
         run.persistence.check_space()
         return run
 
+    def _check_later_stages(self, first: int) -> None:
+        """Let mcore refuse what it will not build before the run begins, not at a switch.
+
+        Raises:
+            ConfigError: naming the stage, in mcore's words.
+        """
+        counts = self.settings.upcycle.expert_counts(self.settings.model.num_experts)
+        for number in range(max(1, first), len(counts)):
+            # Only the sizes are asked for; there are no such groups yet.
+            layout = replace(self.layout, config=self.settings.parallel_of(number))
+            try:
+                transformer_config(self.settings.model, counts[number], layout, self.settings.run.precision)
+            except ConfigError as e:
+                raise ConfigError(f"upcycle.stages[{number - 1}]: {e}") from None
+
+    def enter_layout(self, number: int) -> Layout:
+        """Go over to the parallel layout of a stage, on the same processes; collective.
+
+        Where the layout stays nothing is touched. Otherwise nothing may be left of a stage that was built in the old one:
+        its process groups are destroyed, the generators start anew, and batches are read for other coordinates.
+
+        Args:
+            number: of the stage.
+
+        Returns:
+            The layout to build the stage in.
+        """
+        config = self.settings.parallel_of(number)
+        if config.describe(self.layout.world_size) != self.layout.describe():
+            self.layout = self.layout.change(config, self._stream_seed(number))
+            if hasattr(self, "data"):
+                self.data.enter(self.layout)
+                self.console.layout(self.settings, self.layout.describe(), self.data.micro_batches)
+        return self.layout
+
+    def seed_streams(self) -> None:
+        """Start the generators of the current stage anew; what was drawn while it was built does not count then."""
+        self.layout.seed_streams(self._stream_seed(self.stage.number))
+
+    def _stream_seed(self, number: int) -> int:
+        """Seed of the generators in a layout that begins in stage `number` at the current step.
+
+        Another one than that of the run, or dropout would repeat what it drew at the run's beginning.
+        """
+        return random_state.named_seed(f"layout/{self.settings.run.seed}/{number}/{self.step}")
+
     def _open_data(self, manifest: Manifest | None) -> None:
         data, run = self.settings.data, self.settings.run
         position = manifest.data["samples"] if manifest else 0
@@ -117,7 +168,7 @@ class Run:
 
     def _announce(self, source: Path | None, manifest: Manifest | None) -> None:
         counts = count_parameters(self.settings.model, self.stage.chunks, self.layout)
-        layout = self.settings.parallel.describe(self.layout.world_size)
+        layout = self.layout.describe()
         self.console.opening(self.settings, counts, layout, self.data.micro_batches, experts_kind(self.settings.model))
         self.event(
             "start",
@@ -222,7 +273,7 @@ class Run:
     def _next_event(self) -> str:
         stages = self.settings.upcycle.stages[self.stage.number :]
         if stages:
-            return f"expansion after step {stages[0].at_step}"
+            return f"{'expansion' if stages[0].grows() else 'layout change'} after step {stages[0].at_step}"
         return f"end at {self.settings.run.steps}"
 
     def _evaluate_if_due(self) -> None:
@@ -238,7 +289,9 @@ class Run:
             return self._evaluated[2]
         config = self.settings.evaluation
         loss = evaluate(self.stage, self.layout, self.data, config.batches)
-        parents = {x["layer"]: x["parents"] for x in self.plans[-1]["layers"]} if self.plans else {}
+        # The copies that there are: those of the last expansion, whatever layouts came after it.
+        grown = [plan for plan in self.plans if plan["experts_after"] > plan["experts_before"]]
+        parents = {x["layer"]: x["parents"] for x in grown[-1]["layers"]} if grown else {}
         divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
         tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
         self.event("evaluation", valid_loss=loss, tokens=tokens, sibling_divergence=divergence)

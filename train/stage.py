@@ -20,7 +20,7 @@ from megatron.core.transformer.module import Float16Module
 
 from model.build import MoEPart, build_chunks, moe_parts
 from model.load import ExpertLoad
-from parallel.compat import reset_moe_metrics
+from parallel.compat import forget_models
 from parallel.layout import Layout
 from parallel.optimizer_state import use_fused_update
 from train.config import RunSettings
@@ -62,20 +62,38 @@ class Stage:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    def release_gradients(self) -> None:
+        """Free the gradient buffers; `restore_gradients` brings them back, zeroed."""
+        for chunk in self.wrapped:
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+
+    def restore_gradients(self) -> None:
+        """Allocate the gradient buffers again."""
+        for chunk in self.wrapped:
+            chunk.restore_grad_buffers(synchronize=False)
+
     def release(self) -> None:
         """Drop every reference this object holds, so that memory is free before the next stage is built."""
         self.load.remove()
         self.chunks, self.wrapped = [], []
         self.optimizer = self.scheduler = self.load = None  # type: ignore[assignment]
+        forget_models()
 
 
-def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: int) -> Stage:
+def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: int, *, blank: bool = False) -> Stage:
     """Build the model, DDP buffers, optimizer and schedule of stage `number`, freshly initialised.
+
+    Args:
+        settings: of the run.
+        number: which stage.
+        layout: its process groups.
+        vocab_size: tokens of the tokenizer.
+        blank: leave weights and masters unset, to be filled from another stage; no rank talks to another then.
 
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    reset_moe_metrics()
+    forget_models()
     num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
     bf16 = settings.run.precision == "bf16"
     chunks = build_chunks(
@@ -85,9 +103,12 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         vocab_size=vocab_size,
         sequence_length=settings.data.sequence_length,
         precision=settings.run.precision,
+        initialise=not blank,
     )
     config = chunks[0].config
     options = settings.optimizer
+    if blank and options.distributed:
+        _let_go_of_weights(chunks)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=options.distributed,
@@ -103,8 +124,9 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         )
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
+    if not blank:
+        for chunk in wrapped:
+            chunk.broadcast_params()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -133,6 +155,13 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         scheduler=build_scheduler(settings, optimizer),
         load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
     )
+
+
+def _let_go_of_weights(chunks: list[GPTModel]) -> None:
+    """Put one shared number in place of every weight: DDP gives them memory of its own and would hold both for a while."""
+    for chunk in chunks:
+        for p in chunk.parameters():
+            p.data = torch.zeros(1, dtype=p.dtype, device=p.device).expand(p.shape)
 
 
 def _bind(config: Any, wrapped: list[Any], optimizer: Any, settings: RunSettings) -> None:

@@ -1,36 +1,98 @@
-"""Typed schema of the `upcycle` group: the list of expansions a run makes."""
+"""Typed schema of the `upcycle` group: the list of stages that follow the first one of a run."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from model.config import ModelConfig, divides, one_of, positive
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 
-SELECTIONS = ("uniform", "greedy")
-UTILITIES = ("grad_norm", "weight_norm")
+SELECTIONS = ("uniform", "greedy", "sampling")
+UTILITIES = ("grad_norm", "weight_norm", "saliency")
 OPTIMIZER_RULES = ("copy",)
+PLACEMENTS = ("near", "spread", "auto")
+PATHS = ("live", "checkpoint")
+
+
+@dataclass
+class StageParallel:
+    """Sizes of parallel dimensions that change with a stage; null keeps the size before it."""
+
+    # Ranks that share each dense matrix.
+    tensor: int | None = None
+    # Ranks that share the stack of layers.
+    pipeline: int | None = None
+    # Model chunks per pipeline rank.
+    virtual_pipeline: int | None = None
+    # Ranks that share each sequence.
+    context: int | None = None
+    # Ranks that share the experts of each MoE layer.
+    expert: int | None = None
+    # Ranks that share each expert's matrices.
+    expert_tensor: int | None = None
+
+    def changes(self) -> dict[str, int]:
+        """The sizes that are set."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def apply(self, base: ParallelConfig) -> ParallelConfig:
+        """The layout after the change.
+
+        Raises:
+            ConfigError: if the sizes do not go together.
+        """
+        return replace(base, **self.changes())
+
+    def check(self, key: str, base: ParallelConfig) -> None:
+        """Check the sizes by themselves and with those that stay.
+
+        Args:
+            key: prefix of the keys in messages, such as `upcycle.stages[0].parallel`.
+            base: the layout before.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        for name, value in self.changes().items():
+            if value < 1:
+                raise ConfigError(f"{key}.{name}={value} must be 1 or more")
+        try:
+            self.apply(base)
+        except ConfigError as e:
+            raise ConfigError(f"{key}: {e}") from None
 
 
 @dataclass
 class StageConfig:
-    """One expansion. Give `factor` (E becomes factor x E) or `num_experts` (the new count), not both."""
+    """One stage: an expansion, a change of the parallel layout, or both at once.
 
-    # Optimizer step after which the expansion happens; the next step trains the larger model.
+    Give `factor` (E becomes factor x E) or `num_experts` (the new count), not both; neither for a change of layout alone.
+    """
+
+    # Optimizer step after which the stage begins; the next step trains the larger model.
     at_step: int = -1
     factor: int | None = None
     num_experts: int | None = None
-    # How many copies each expert gets: the same for all, or the most useful first under a cap.
+    # Parallel sizes from this stage on, such as {expert: 4}; the number of processes stays.
+    parallel: StageParallel = field(default_factory=StageParallel)
+    # Copies per expert: the same for all; the most useful first, under a cap; or drawn by utility under it, from a seed.
     selection: str = "uniform"
-    # What greedy ranks by: squared norm of the mean gradient (arXiv 2604.19835 section 4), or of the weights.
+    # How useful an expert is: squared norm of its mean gradient (arXiv 2604.19835 section 4), of its weights, or the
+    # product of both norms.
     utility: str = "grad_norm"
-    # Extra copies one expert may get under greedy.
+    # Extra copies one expert may get under greedy and sampling.
     max_extra_copies: int = 3
-    # Batches averaged for grad_norm; they are peeked at, not consumed.
+    # Under sampling: an expert is drawn with probability softmax(utility / mean utility / temperature).
+    temperature: float = 1.0
+    # Batches averaged for grad_norm and saliency; they are peeked at, not consumed.
     scoring_batches: int = 10
     # What happens to the optimizer state of replicas: copy takes the parent's moments.
     optimizer_rule: str = "copy"
     # Half-width of the uniform noise on the selection bias of replicas, which lets balancing tell them apart.
     bias_noise: float = 1e-3
+    # Where replicas go: near their parent, spread over expert-parallel ranks by load, or auto (least traffic under a bound).
+    placement: str = "near"
+    # Under auto: bound on the expected load of the busiest expert-parallel rank over the mean.
+    max_load_imbalance: float = 1.25
 
     def check(self, key: str) -> None:
         """Check the values that need no other stage.
@@ -40,27 +102,73 @@ class StageConfig:
         """
         if self.at_step < 1:
             raise ConfigError(f"{key}.at_step={self.at_step} must be 1 or more: the optimizer step to expand after")
-        if (self.factor is None) == (self.num_experts is None):
+        if self.factor is not None and self.num_experts is not None:
             raise ConfigError(f"{key}: give either factor or num_experts (got {self.factor} and {self.num_experts})")
+        if not self.grows() and not self.parallel.changes():
+            raise ConfigError(
+                f"{key} changes nothing: give factor or num_experts to expand, or parallel sizes to change"
+            )
         if self.factor is not None and self.factor < 2:
             raise ConfigError(f"{key}.factor={self.factor} must be 2 or more: an expansion adds experts")
         one_of(f"{key}.selection", self.selection, SELECTIONS)
         one_of(f"{key}.utility", self.utility, UTILITIES)
         one_of(f"{key}.optimizer_rule", self.optimizer_rule, OPTIMIZER_RULES)
         positive(f"{key}.max_extra_copies", self.max_extra_copies)
+        positive(f"{key}.temperature", self.temperature)
         positive(f"{key}.scoring_batches", self.scoring_batches)
         positive(f"{key}.bias_noise", self.bias_noise, zero=True)
+        one_of(f"{key}.placement", self.placement, PLACEMENTS)
+        if self.max_load_imbalance < 1:
+            raise ConfigError(
+                f"{key}.max_load_imbalance={self.max_load_imbalance} must be 1 or more: the busiest rank over the mean"
+            )
+        if not self.grows():
+            # Experts keep their order when none is added, so that these two would silently do nothing.
+            for name, value, default in (
+                ("selection", self.selection, "uniform"),
+                ("placement", self.placement, "near"),
+            ):
+                if value != default:
+                    raise ConfigError(
+                        f"{key}.{name}={value} needs more experts: add factor or num_experts, or drop {key}.{name}"
+                    )
+
+    def grows(self) -> bool:
+        """Whether the number of experts changes; else only the layout does."""
+        return self.factor is not None or self.num_experts is not None
 
     def target(self, experts: int) -> int:
-        """Experts after this expansion, given those before."""
-        return self.factor * experts if self.factor is not None else int(self.num_experts or 0)
+        """Experts after this stage's beginning, given those before."""
+        if self.factor is not None:
+            return self.factor * experts
+        return self.num_experts if self.num_experts is not None else experts
 
 
 @dataclass
 class UpcycleConfig:
-    """The expansions of a run, in order."""
+    """The stages of a run after the first, in order, and how the job goes from one to the next."""
 
     stages: list[StageConfig] = field(default_factory=list)
+    # live moves the training state between ranks in memory, checkpoint goes through the disk; the result is the same.
+    path: str = "live"
+    # Save the stage before as a complete checkpoint first, kept for ever: what a failed switch resumes from. The checkpoint
+    # path always does.
+    save_before: bool = True
+    # Save the new stage right away; the checkpoint path always does.
+    save_after: bool = False
+    # Staging memory of the live path per rank and direction, in MiB.
+    transfer_chunk_mib: int = 64
+
+    def layouts(self, base: ParallelConfig) -> list[ParallelConfig]:
+        """The parallel layout of every stage, the first included; changes accumulate.
+
+        Raises:
+            ConfigError: if the sizes of a stage do not go together.
+        """
+        found = [base]
+        for stage in self.stages:
+            found.append(stage.parallel.apply(found[-1]))
+        return found
 
     def expert_counts(self, first: int) -> list[int]:
         """Experts per stage, the first stage included: `[E, E1, E2, ...]`."""
@@ -75,12 +183,18 @@ class UpcycleConfig:
         Raises:
             ConfigError: naming the key, the value and the remedy.
         """
-        if self.stages and not model.num_experts:
+        if any(stage.grows() for stage in self.stages) and not model.num_experts:
             raise ConfigError("upcycle.stages needs experts: model.num_experts=0 is a dense model")
-        before, last = model.num_experts, 0
+        one_of("upcycle.path", self.path, PATHS)
+        positive("upcycle.transfer_chunk_mib", self.transfer_chunk_mib)
+        before, last, decided = model.num_experts, 0, "parallel.expert"
         for i, stage in enumerate(self.stages):
             key = f"upcycle.stages[{i}]"
             stage.check(key)
+            stage.parallel.check(f"{key}.parallel", parallel)
+            parallel = stage.parallel.apply(parallel)
+            if stage.parallel.expert is not None:
+                decided = f"{key}.parallel.expert"
             if stage.at_step <= last:
                 raise ConfigError(f"{key}.at_step={stage.at_step} must come after the previous expansion at {last}")
             if stage.at_step >= steps:
@@ -89,16 +203,31 @@ class UpcycleConfig:
                     "expand earlier or raise run.steps"
                 )
             after = stage.target(before)
-            self._check_target(key, stage, before, after, model, parallel)
+            if stage.grows():
+                self._check_target(key, stage, before, after, model, decided, parallel.expert)
+            elif parallel.expert > 1 and after % parallel.expert:
+                raise ConfigError(
+                    f"{decided}={parallel.expert} does not divide the {after} experts of this stage: use a divisor of "
+                    f"{after}, or expand at this step as well"
+                )
+            elif parallel.expert > 1 and not after:
+                raise ConfigError(f"{decided}={parallel.expert} needs experts: model.num_experts=0 is a dense model")
             before, last = after, stage.at_step
 
     def _check_target(
-        self, key: str, stage: StageConfig, before: int, after: int, model: ModelConfig, parallel: ParallelConfig
+        self,
+        key: str,
+        stage: StageConfig,
+        before: int,
+        after: int,
+        model: ModelConfig,
+        expert_key: str,
+        expert: int,
     ) -> None:
         name = f"{key}.num_experts" if stage.factor is None else f"{key}.factor x experts"
         if after <= before:
             raise ConfigError(f"{name}={after} must be above the {before} experts before it: an expansion adds experts")
-        divides(name, after, "parallel.expert", parallel.expert)
+        divides(name, after, expert_key, expert)
         if model.router_groups is not None:
             divides(name, after, "model.router_groups", model.router_groups)
         if stage.selection == "uniform":

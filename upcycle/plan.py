@@ -1,20 +1,22 @@
-"""The frozen record of one expansion: who descends from whom, by which rules, with which seed.
+"""The frozen record of one beginning of a stage: who descends from whom, where replicas stand, by which rules and seed.
 
-`plan_expansion` is pure Python on global expert ids: the same plan on every rank and for every layout. Executors
-(`upcycle/transform.py`) only carry it out. Replicas are placed next to their parent ("near"): new ids are ordered by
-parent, so a uniform expansion moves no expert to another expert-parallel rank.
+`plan_expansion` is pure Python on global expert ids: the same plan on every rank. How many copies an expert gets
+(`upcycle/selection.py`) does not depend on the layout; in which order they stand (`upcycle/placement.py`) does so only
+where a stage asks for it. Executors carry a plan out and decide nothing. A stage that adds no experts has a plan too, in
+which every expert descends from itself.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import ModelConfig
 from parallel.errors import ExpansionError
 from upcycle.config import StageConfig
+from upcycle.placement import Placed, contiguous, imbalance, place
 from upcycle.selection import select_copies
 
 FORMAT = 1
@@ -49,7 +51,7 @@ class LayerPlan:
 
     Attributes:
         layer: number of the layer, from 1.
-        parents: parent (old id) of each new expert, [M], ascending.
+        parents: parent (old id) of each new expert, [M], in any order.
         copies: copies of each old expert, the original included, [E].
         scores: utility of each old expert, [E]; None where the rule needs none.
     """
@@ -60,13 +62,32 @@ class LayerPlan:
     scores: tuple[float, ...] | None = None
 
     def replicas(self) -> list[int]:
-        """New ids that are copies; the first of each family stands for the original."""
-        return [j for j in range(1, len(self.parents)) if self.parents[j] == self.parents[j - 1]]
+        """New ids that are copies, ascending; the lowest id of each family stands for the original."""
+        seen: set[int] = set()
+        found = []
+        for new, parent in enumerate(self.parents):
+            if parent in seen:
+                found.append(new)
+            seen.add(parent)
+        return found
 
 
 @dataclass(frozen=True)
 class ExpansionPlan:
-    """One expansion, from E to M experts in every MoE layer."""
+    """The beginning of one stage, from E to M experts in every MoE layer; E = M where only the layout changes.
+
+    Attributes:
+        step: optimizer step after which it happens.
+        stage: number of the stage that begins.
+        experts_before: E.
+        experts_after: M.
+        layers: one plan per MoE layer.
+        selection: rule and what it was told.
+        placement: rule, and where ranks share the experts, per layer what it means for them.
+        optimizer_rule: what happens to the optimizer state of replicas.
+        bias_noise: half-width of the noise on the replicas' selection bias.
+        seed: root seed of the run.
+    """
 
     step: int
     stage: int
@@ -106,8 +127,8 @@ class ExpansionPlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the digest of everything else in it."""
         body = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-        return json.loads(text) | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+        text = _canonical(body)
+        return json.loads(text) | {"digest": _digest(text)}
 
     @property
     def digest(self) -> str:
@@ -116,35 +137,65 @@ class ExpansionPlan:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "ExpansionPlan":
-        """Read back what `to_dict` gave.
+        """Read back what `to_dict` gave, also of an older version that knew fewer fields.
 
         Raises:
-            ExpansionError: if the format is unknown or the digest does not fit the content.
+            ExpansionError: if the format is unknown, a field is unknown or missing, or the digest does not fit the content.
         """
-        body = {k: v for k, v in value.items() if k not in ("digest", "format")}
         if value.get("format") != FORMAT:
             raise ExpansionError(f"plan format {value.get('format')} is unknown: this version reads format {FORMAT}")
-        body["layers"] = tuple(
-            LayerPlan(
-                layer=x["layer"],
-                parents=tuple(x["parents"]),
-                copies=tuple(x["copies"]),
-                scores=None if x["scores"] is None else tuple(x["scores"]),
+        # Over what was written and not over what was understood: fields added since then have their defaults.
+        if _digest(_canonical({k: v for k, v in value.items() if k != "digest"})) != value.get("digest"):
+            raise ExpansionError(
+                f"the plan of step {value.get('step')} was changed after it was made: its digest does not fit"
             )
-            for x in body["layers"]
-        )
-        plan = cls(**body)
-        if plan.digest != value.get("digest"):
-            raise ExpansionError(f"the plan of step {plan.step} was changed after it was made: its digest does not fit")
-        return plan
+        body = {k: v for k, v in value.items() if k not in ("digest", "format")}
+        try:
+            body["layers"] = tuple(
+                LayerPlan(
+                    layer=x["layer"],
+                    parents=tuple(x["parents"]),
+                    copies=tuple(x["copies"]),
+                    scores=None if x["scores"] is None else tuple(x["scores"]),
+                )
+                for x in body["layers"]
+            )
+            return cls(**body)
+        except (KeyError, TypeError) as e:
+            raise ExpansionError(
+                f"the plan of step {value.get('step')} is not one that this version reads: {e}"
+            ) from None
 
     def table(self) -> list[str]:
-        """The plan for the log: one line per layer with the number of experts by copies."""
+        """The plan for the log: one line per layer with the number of experts by copies, expected load and moves."""
+        if self.experts_after == self.experts_before:
+            return [f"layout change after step {self.step}: the {self.experts_before} experts stay as they are"]
         lines = [f"expansion after step {self.step}: {self.experts_before} -> {self.experts_after} experts"]
+        placed = {x["layer"]: x for x in self.placement.get("layers", ())}
         for layer in self.layers:
             histogram = {r: layer.copies.count(r) for r in sorted(set(layer.copies))}
-            lines.append(f"  layer {layer.layer}: " + ", ".join(f"{n} x r={r}" for r, n in histogram.items()))
+            text = f"  layer {layer.layer}: " + ", ".join(f"{n} x r={r}" for r, n in histogram.items())
+            lines.append(text + _placed_text(placed[layer.layer]) if layer.layer in placed else text)
         return lines
+
+
+def _canonical(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _placed_text(record: Mapping[str, Any]) -> str:
+    """The end of a layer's line: busiest rank over the mean, and how many experts arrive from another rank."""
+    text = ""
+    if record["load_after"] is not None:
+        before = "" if record["load_before"] is None else f"{record['load_before']:.3f} -> "
+        text += f"; expected load of ranks, max/mean {before}{record['load_after']:.3f}"
+    if record["moved"] is not None:
+        text += f"; {record['moved']} experts come from another rank"
+    return text if record["within_bound"] else text + "; the load bound is not met"
 
 
 def plan_expansion(
@@ -155,8 +206,12 @@ def plan_expansion(
     experts_before: int,
     scores: Mapping[int, Sequence[float]] | None,
     seed: int,
+    loads: Mapping[int, Sequence[float]] | None = None,
+    ep_ranks: int = 1,
+    ep_ranks_before: int | None = None,
+    homes: Sequence[Collection[int]] | None = None,
 ) -> ExpansionPlan:
-    """Decide the expansion into stage `stage`.
+    """Decide how stage `stage` begins.
 
     Args:
         rules: the stage as configured.
@@ -164,35 +219,117 @@ def plan_expansion(
         stage: number of the new stage, from 1.
         experts_before: E.
         scores: utility [E] per layer number; None for rules that need none.
-        seed: root seed of the run; noise is drawn from (seed, stage, layer).
+        seed: root seed of the run; draws and noise are named by (seed, stage, layer).
+        loads: measured load [E] per layer number, in any unit; None takes all experts as equally busy.
+        ep_ranks: expert-parallel size of the new stage.
+        ep_ranks_before: that of the stage before; None for the same.
+        homes: for each expert-parallel rank of the new stage, the old experts that all processes behind it hold already;
+            None works them out where the expert-parallel size stays.
 
     Raises:
-        ExpansionError: if the rule cannot reach the target.
+        ExpansionError: if a rule cannot reach the target.
     """
     after = rules.target(experts_before)
-    layers = []
-    for number in model.moe_layer_numbers():
-        layer_scores = None if scores is None else [float(s) for s in scores[number]]
-        copies = select_copies(
-            rules.selection, layer_scores, experts_before, after, rules.max_extra_copies, model.router_groups or 1
+    if not rules.grows():
+        same = tuple(range(experts_before))
+        return ExpansionPlan(
+            step=rules.at_step,
+            stage=stage,
+            experts_before=experts_before,
+            experts_after=experts_before,
+            layers=tuple(LayerPlan(n, same, (1,) * experts_before) for n in model.moe_layer_numbers()),
+            selection={"rule": "none"},
+            seed=seed,
         )
-        parents = tuple(expert for expert, count in enumerate(copies) for _ in range(count))
-        layers.append(LayerPlan(number, parents, tuple(copies), None if layer_scores is None else tuple(layer_scores)))
-    selection: dict[str, Any] = {"rule": rules.selection}
-    if rules.selection != "uniform":
-        selection |= {
-            "utility": rules.utility,
-            "max_extra_copies": rules.max_extra_copies,
-            "scoring_batches": rules.scoring_batches,
-        }
+    groups = model.router_groups or 1
+    placed: dict[int, Placed] = {}
+    layers = []
+    ep_before = ep_ranks if ep_ranks_before is None else ep_ranks_before
+    if homes is None and ep_before == ep_ranks and experts_before % ep_ranks == 0:
+        homes = contiguous(experts_before, ep_ranks)
+    for number in model.moe_layer_numbers():
+        layer_scores = None if scores is None else tuple(float(s) for s in scores[number])
+        copies = select_copies(
+            rules.selection,
+            layer_scores,
+            experts_before,
+            after,
+            rules.max_extra_copies,
+            groups,
+            temperature=rules.temperature,
+            generator=f"selection/{seed}/{stage}/{number}",
+        )
+        placed[number] = place(
+            copies,
+            rule=rules.placement,
+            ep_ranks=ep_ranks,
+            loads_E=None if loads is None else loads[number],
+            homes=homes,
+            groups=groups,
+            bound=rules.max_load_imbalance,
+        )
+        layers.append(LayerPlan(number, placed[number].parents, tuple(copies), layer_scores))
     return ExpansionPlan(
         step=rules.at_step,
         stage=stage,
         experts_before=experts_before,
         experts_after=after,
         layers=tuple(layers),
-        selection=selection,
+        selection=_selection_record(rules),
+        placement=_placement_record(rules, placed, loads, ep_before, ep_ranks),
         optimizer_rule=rules.optimizer_rule,
         bias_noise=rules.bias_noise,
         seed=seed,
     )
+
+
+def _selection_record(rules: StageConfig) -> dict[str, Any]:
+    """The rule that decided the copies, with what it was told."""
+    record: dict[str, Any] = {"rule": rules.selection}
+    if rules.selection != "uniform":
+        record |= {
+            "utility": rules.utility,
+            "max_extra_copies": rules.max_extra_copies,
+            "scoring_batches": rules.scoring_batches,
+        }
+    if rules.selection == "sampling":
+        record["temperature"] = rules.temperature
+    return record
+
+
+def _placement_record(
+    rules: StageConfig,
+    placed: Mapping[int, Placed],
+    loads: Mapping[int, Sequence[float]] | None,
+    ep_before: int,
+    ep_after: int,
+) -> dict[str, Any]:
+    """The rule that decided the order, and what the order means for expert-parallel ranks where there are any.
+
+    Per layer: the expected load of the busiest rank over the mean before and after the switch, each rank's share of the
+    load after it, how many experts ranks fetch from others, and whether the bound of `auto` is kept. Null: not known.
+    """
+    record: dict[str, Any] = {"rule": rules.placement}
+    if ep_before == ep_after == 1:
+        return record
+    if rules.placement == "auto":
+        record["bound"] = rules.max_load_imbalance
+    record |= {"ep_ranks_before": ep_before, "ep_ranks_after": ep_after, "layers": []}
+    for number, result in placed.items():
+        before = after = shares = None
+        if loads is not None:
+            old = [sum(loads[number][e] for e in ids) for ids in contiguous(len(loads[number]), ep_before)]
+            total = sum(result.load_R)
+            before, after = imbalance(old), imbalance(result.load_R)
+            shares = [round(load / total, 6) if total else 1 / ep_after for load in result.load_R]
+        record["layers"].append(
+            {
+                "layer": number,
+                "load_before": before,
+                "load_after": after,
+                "load_shares": shares,
+                "moved": result.fetches,
+                "within_bound": result.within_bound,
+            }
+        )
+    return record

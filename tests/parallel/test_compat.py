@@ -17,7 +17,7 @@ from parallel.compat import (
     load_sharded,
     make_transformer_config,
     moe_submodules,
-    reset_moe_metrics,
+    forget_models,
     save_sharded,
     use_experts,
     versions,
@@ -210,7 +210,7 @@ def test_optimizer_state_is_written_per_layer_and_by_parameter_name(tmp_path: Pa
 def _grow_layers_with_aux_loss() -> None:
     changes = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
     train(Layout(expert=2), 1, **changes)
-    reset_moe_metrics()
+    forget_models()
     train(Layout(), 1, num_layers=4, **changes)  # the metrics of the smaller model would not fit
 
 

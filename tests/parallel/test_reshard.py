@@ -32,6 +32,7 @@ class BlockState:
                 for box in holding.boxes
             ]
         self.ended: list[Wave] = []
+        self.old = whole is not None
 
     def view(self, key: str, box: Box) -> torch.Tensor:
         for mine, block in self.blocks[key]:
@@ -44,8 +45,9 @@ class BlockState:
 
     def end(self, wave: Wave) -> None:
         self.ended.append(wave)
-        for key in [k for k in self.blocks if _wave(k) == wave]:
-            del self.blocks[key]
+        if self.old:
+            for key in [k for k in self.blocks if _wave(k) == wave]:
+                del self.blocks[key]
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

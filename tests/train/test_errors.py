@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from parallel.errors import CheckpointError, CoppiceError, DataError
+from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, small_corpus, train_in_turn
-from train.checkpoint import MANIFEST, list_checkpoints, resolve
+from train.checkpoint import FORMAT, MANIFEST, list_checkpoints, resolve
 
 _SHORT = ["run.steps=2", "upcycle.stages=[]", "schedule.decay_steps=1"]
 
@@ -53,6 +53,16 @@ def test_missing_corpus_is_one_line_from_all_ranks(tmp_path: Path) -> None:
     (line,) = _error_lines(done)
     assert "data.corpus=/nowhere/corpus" in line and "python -m train.corpus" in line
     assert done.returncode == DataError.exit_code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_layout_that_cannot_be_is_one_line_from_all_ranks(corpus: Path, tmp_path: Path) -> None:
+    """Refused before any process group exists, not by the switch."""
+    stages = "upcycle.stages=[{at_step: 3, num_experts: 24, parallel: {expert: 3}}]"
+    done = _torchrun(4, f"data.corpus={corpus}", f"run.dir={tmp_path / 'run'}", "parallel.expert=2", stages)
+    (line,) = _error_lines(done)
+    assert "upcycle.stages[0].parallel.expert=3" in line and "does not divide the 4 processes: start a multiple" in line
+    assert done.returncode == ConfigError.exit_code
     assert not (tmp_path / "run").exists()
 
 
@@ -131,6 +141,24 @@ def test_changed_tensors_are_refused_by_name(finished: Path, corpus: Path, tmp_p
     with pytest.raises(CheckpointError, match=f"{name} is not what was saved".replace(".", r"\.")):
         run_distributed(train_in_turn, 2, [overrides])
     assert list_checkpoints(copy) == [newest]
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_with_what_to_do(
+    finished: Path, corpus: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (newest,) = list_checkpoints(copy)
+    manifest = json.loads((newest / MANIFEST).read_text())
+    assert manifest["format"] == FORMAT
+    (newest / MANIFEST).write_text(json.dumps(manifest | {"format": 1, "versions": {"coppice": "0.0.1"}}))
+    overrides = [*SMALL, *_SHORT, f"data.corpus={corpus}", f"run.dir={copy}"]
+    message = (
+        rf"has format 1, written by coppice 0\.0\.1; this version reads format {FORMAT}: go on with .*another run\.dir"
+    )
+    with pytest.raises(CheckpointError, match=message) as refused:
+        run_distributed(train_in_turn, 1, [overrides])
+    assert "\n" not in str(refused.value)
 
 
 @contextlib.contextmanager

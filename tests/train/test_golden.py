@@ -1,7 +1,7 @@
 """Golden properties of a run, with real mcore parts on several processes (docs: DESIGN, "Golden properties").
 
-Resumed equals uninterrupted bit for bit; expanding in any layout gives the same global state; losses agree across layouts
-to floating-point tolerance.
+Resumed equals uninterrupted bit for bit; the live switch in any layout gives the same global state, tensor by tensor, as the
+checkpoint path on one process; losses agree across layouts to floating-point tolerance.
 """
 
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from model.fingerprint import Fingerprints
 from tests.distributed import run_distributed
-from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
+from tests.train.trainer import SMALL, events, metrics, small_corpus, tensor_digests, train_in_turn
 from train.checkpoint import list_checkpoints, read_manifest
 
 
@@ -88,9 +88,9 @@ _MORE = ["model.layers=4", "model.shared_expert_ffn_hidden_size=32", "model.moe_
 
 
 def _seed(corpus: Path, folder: Path, *more: str) -> Path:
-    """A run of one process, stopped right before its expansion, and its uninterrupted continuation."""
+    """A run of one process, stopped right before its expansion, and its continuation through the checkpoint path."""
     runs = [_overrides(corpus, folder / "run", "run.precision=fp32", "run.stop_at_step=3", *more)]
-    runs += [_overrides(corpus, folder / "whole", "run.precision=fp32", *more)]
+    runs += [_overrides(corpus, folder / "whole", "run.precision=fp32", "upcycle.path=checkpoint", *more)]
     run_distributed(train_in_turn, 1, runs, timeout=400)
     return folder
 
@@ -122,9 +122,11 @@ def test_expanding_in_more_layouts(name: str, corpus: Path, larger_seed_run: Pat
 
 
 def _expand_elsewhere(corpus: Path, seed_run: Path, tmp_path: Path, processes: int, layout: list[str]) -> None:
-    """Resume the seed in another layout, expand, train on; compare state bit for bit and losses to tolerance."""
+    """Resume the seed in another layout, expand live, train on; compare state bit for bit and losses to tolerance."""
     start = list_checkpoints(seed_run / "run")[-1]
-    runs = [_overrides(corpus, tmp_path, "run.precision=fp32", *layout, f"run.resume={start}")]
+    runs = [
+        _overrides(corpus, tmp_path, "run.precision=fp32", "upcycle.save_after=true", *layout, f"run.resume={start}")
+    ]
     run_distributed(train_in_turn, processes, runs, timeout=400)
 
     expanded = read_manifest(tmp_path / "checkpoints" / "step-00000003-stage1")
@@ -132,6 +134,8 @@ def _expand_elsewhere(corpus: Path, seed_run: Path, tmp_path: Path, processes: i
     assert [x["parents"] for x in expanded.plans[0]["layers"]] == [x["parents"] for x in expected.plans[0]["layers"]]
     assert expanded.fingerprints.keys() == expected.fingerprints.keys()
     assert expanded.fingerprints == expected.fingerprints
+    name = "checkpoints/step-00000003-stage1"
+    assert tensor_digests(tmp_path / name) == tensor_digests(seed_run / "whole" / name)
 
     whole, here = metrics(seed_run / "whole"), metrics(tmp_path)
     assert list(here) == [4, 5, 6]
@@ -177,7 +181,7 @@ def test_overlapped_gathering_saves_every_ranks_weights(corpus: Path, tmp_path: 
 def test_model_only_at_the_expansion_itself(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh moments are what the expansion then copies; the original checkpoint stays, and any path form names it."""
     monkeypatch.chdir(tmp_path)
-    base = _overrides(corpus, Path("run"), "parallel.expert=2")
+    base = _overrides(corpus, Path("run"), "parallel.expert=2", "upcycle.save_after=true")
     run_distributed(train_in_turn, 2, [[*base, "run.stop_at_step=3"]])
     start = tmp_path / "run" / "checkpoints" / "step-00000003"
     run_distributed(train_in_turn, 2, [[*base, f"run.resume={start}", "checkpoint.load=model_only"]])

@@ -60,7 +60,8 @@ def test_several_expansions_with_any_factor(corpus: Path, tmp_path: Path) -> Non
         "max_extra_copies: 1}]"
     )
     overrides = [*SMALL, f"upcycle.stages={stages}", "run.steps=5", f"data.corpus={corpus}", f"run.dir={tmp_path}",
-                 "parallel.expert=2", "run.load_interval_steps=1", "checkpoint.keep_last=1"]  # fmt: skip
+                 "parallel.expert=2", "run.load_interval_steps=1", "checkpoint.keep_last=1",
+                 "upcycle.save_after=true"]  # fmt: skip
     run_distributed(train_in_turn, 2, [overrides])
     assert [m["num_experts"] for m in metrics(tmp_path).values()] == [8, 24, 24, 28, 28]
     manifest = read_manifest(list_checkpoints(tmp_path)[-1])

@@ -1,5 +1,6 @@
 """Helpers of the run tests: a small corpus and whole runs inside the ranks of `run_distributed`."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,29 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """Events of one name."""
     lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == name]
+
+
+def tensor_digests(checkpoint: Path) -> dict[str, str]:
+    """Key -> SHA-256 of shape, dtype and bytes of every tensor in a checkpoint: what "bit for bit" means in these tests."""
+    from tests.distributed import run_distributed
+
+    return run_distributed(_tensor_digests, 1, str(checkpoint / "tensors"))[0]
+
+
+def _tensor_digests(tensors: str) -> dict[str, str]:
+    import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from parallel.compat import checkpoint_tensors, load_sharded
+
+    stored = checkpoint_tensors(tensors)
+    wanted = {
+        k: ShardedTensor.from_rank_offsets(k, torch.empty(shape, dtype=dtype)) for k, (shape, dtype) in stored.items()
+    }
+    loaded, _, _ = load_sharded(wanted, tensors)
+    digests = {}
+    for key, tensor in loaded.items():
+        digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digests[key] = digest.hexdigest()
+    return digests

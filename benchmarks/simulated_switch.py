@@ -1,0 +1,179 @@
+"""Plans the live switch of a cluster that is not there: how long planning takes, what it must know, what crosses which link.
+
+    python benchmarks/simulated_switch.py                      # 1,024 ranks, 61 layers, 256 -> 512 experts, EP 64 -> 128
+    python benchmarks/simulated_switch.py --ranks 64 --pipeline 1 --layers 12 --experts 64 --expert 32 --expert-after 64
+
+Nothing is moved. Every rank's holdings come from arithmetic (`parallel/cluster.py`), the plan from the planner of the running
+job (`parallel/reshard_plan.py`). The predicted pause divides each rank's bytes by the bandwidths given here, which are
+assumptions, not measurements: see docs/live-switch.md.
+"""
+
+import argparse
+import json
+import pickle
+import platform
+import random
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.holdings import wave_of
+from parallel.cluster import LogicalTensor, describe_rank
+from parallel.config import ParallelConfig
+from parallel.reshard_plan import Holdings, plan_rank, traffic
+
+RESULTS = Path(__file__).parent / "results" / "simulated_switch.json"
+
+
+def deepseek_like(layers: int, experts: int, pipeline: int) -> list[LogicalTensor]:
+    """Parameters of a network of DeepSeek-V3's shape (arXiv 2412.19437, section 4.2), in module order; bf16 weights."""
+    hidden, ffn, expert_ffn, dense_first = 7168, 18432, 2048, 3
+    found = [LogicalTensor("embedding.word_embeddings.weight", (129280, hidden), 2)]
+    for layer in range(layers):
+        stage, name = layer * pipeline // layers, f"decoder.layers.{layer}."
+        dense = [
+            ("input_layernorm.weight", (hidden,)),
+            ("self_attention.linear_q_down_proj.weight", (1536, hidden)),
+            ("self_attention.linear_q_up_proj.weight", (128 * 192, 1536)),
+            ("self_attention.linear_kv_down_proj.weight", (576, hidden)),
+            ("self_attention.linear_kv_up_proj.weight", (128 * 256, 512)),
+            ("self_attention.linear_proj.weight", (hidden, 128 * 128)),
+            ("pre_mlp_layernorm.weight", (hidden,)),
+        ]
+        if layer < dense_first:
+            dense += [("mlp.linear_fc1.weight", (2 * ffn, hidden)), ("mlp.linear_fc2.weight", (hidden, ffn))]
+        else:
+            dense += [
+                ("mlp.router.weight", (experts, hidden)),
+                ("mlp.shared_experts.linear_fc1.weight", (2 * expert_ffn, hidden)),
+                ("mlp.shared_experts.linear_fc2.weight", (hidden, expert_ffn)),
+            ]
+        found += [LogicalTensor(name + key, shape, 2, stage) for key, shape in dense]
+        if layer >= dense_first:
+            prefix = f"{name}mlp.experts.experts."
+            found += [
+                LogicalTensor(f"{prefix}linear_fc1.weight", (experts, 2 * expert_ffn, hidden), 2, stage, expert=True),
+                LogicalTensor(f"{prefix}linear_fc2.weight", (experts, hidden, expert_ffn), 2, stage, expert=True),
+            ]
+    found.append(LogicalTensor("output_layer.weight", (129280, hidden), 2, pipeline - 1))
+    return found
+
+
+def skewed_parents(experts: int, after: int, rng: random.Random) -> list[int]:
+    """Parents under greedy selection with a cap of 3 extra copies (the plan's worst case for traffic), in `near` order."""
+    copies, left = [1] * experts, after - experts
+    for expert in rng.sample(range(experts), experts):
+        extra = min(3, left)
+        copies[expert] += extra
+        left -= extra
+    return [e for e in range(experts) for _ in range(copies[e])]
+
+
+def _seconds_of_links(
+    pairs: dict[tuple[int, int], int], per_node: int, nvlink_gbps: float, network_gbps: float
+) -> dict[str, float]:
+    """Longest time any rank needs for what it sends or receives, each link class at its bandwidth, one after the other."""
+    spent: dict[tuple[int, str], list[float]] = {}
+    for (sender, receiver), count in pairs.items():
+        inside = sender // per_node == receiver // per_node
+        for rank, direction in ((sender, "out"), (receiver, "in")):
+            links = spent.setdefault((rank, direction), [0.0, 0.0])
+            links[0 if inside else 1] += count / ((nvlink_gbps if inside else network_gbps) * 1e9)
+    return {
+        "nvlink": max((a for a, _ in spent.values()), default=0.0),
+        "network": max((b for _, b in spent.values()), default=0.0),
+        "longest": max((a + b for a, b in spent.values()), default=0.0),
+    }
+
+
+def simulate(options: argparse.Namespace, rule: str) -> dict[str, object]:
+    """Plan one expansion for the whole cluster."""
+    world, small, large = options.ranks, options.experts, options.experts * options.factor
+    before = ParallelConfig(pipeline=options.pipeline, expert=options.expert)
+    after = ParallelConfig(pipeline=options.pipeline, expert=options.expert_after)
+    old_tensors = deepseek_like(options.layers, small, options.pipeline)
+    new_tensors = deepseek_like(options.layers, large, options.pipeline)
+    old: dict[int, Holdings] = {r: describe_rank(r, world, before, old_tensors) for r in range(world)}
+    new: dict[int, Holdings] = {r: describe_rank(r, world, after, new_tensors) for r in range(world)}
+    rng = random.Random(0)
+    parents: dict[str, Sequence[int]] = {}
+    for layer in range(options.layers):
+        uniform = [e for e in range(small) for _ in range(options.factor)]
+        parents[f"layers.{layer}."] = uniform if rule == "uniform" else skewed_parents(small, large, rng)
+
+    def rows(key: str) -> Sequence[int] | None:
+        if ".mlp.experts." not in key and ".mlp.router." not in key:
+            return None
+        return parents[key[key.index("layers.") : key.index("mlp.")]]
+
+    metadata = sum(len(pickle.dumps((old[r], new[r]), protocol=pickle.HIGHEST_PROTOCOL)) for r in range(world))
+    sample = sorted({0, 1, world // 3, world // 2, world - 1})
+    seconds = []
+    for rank in sample:
+        began = time.perf_counter()
+        plan_rank(rank, old, new, rows, wave_of, options.ranks_per_node)
+        seconds.append(time.perf_counter() - began)
+    pairs = traffic(old, new, rows, options.ranks_per_node)
+    crossing = sum(n for (a, b), n in pairs.items() if a // options.ranks_per_node != b // options.ranks_per_node)
+    state = sum(h.itemsize * box.numel for held in new.values() for h in held.values() for box in h.boxes)
+    links = _seconds_of_links(pairs, options.ranks_per_node, options.nvlink_gbps, options.network_gbps)
+    parameters = sum(_numel(t.shape) for t in new_tensors)
+    return {
+        "rule": rule,
+        "parameters_after": parameters,
+        "plan_seconds_slowest": max(seconds),
+        "metadata_bytes_per_rank": metadata,
+        "moved_bytes": sum(pairs.values()),
+        "moved_between_nodes": crossing,
+        "state_bytes_after": state,
+        "pairs": len(pairs),
+        "predicted_seconds": links,
+    }
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def main() -> None:
+    """Simulate, print and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=1024)
+    parser.add_argument("--ranks-per-node", type=int, default=8)
+    parser.add_argument("--pipeline", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=61)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--factor", type=int, default=2)
+    parser.add_argument("--expert", type=int, default=64, help="expert-parallel size before")
+    parser.add_argument("--expert-after", type=int, default=128, help="expert-parallel size after")
+    parser.add_argument("--nvlink-gbps", type=float, default=300.0, help="GB/s per GPU and direction inside a node")
+    parser.add_argument("--network-gbps", type=float, default=40.0, help="GB/s per GPU and direction between nodes")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    results = [simulate(options, rule) for rule in ("uniform", "greedy")]
+    for result in results:
+        links = result["predicted_seconds"]
+        assert isinstance(links, dict)
+        print(
+            f"{result['rule']:8} {result['parameters_after'] / 1e9:,.0f} B parameters after, planning "  # type: ignore[operator]
+            f"{result['plan_seconds_slowest']:.2f} s per rank, metadata {result['metadata_bytes_per_rank'] / 2**20:.1f} MiB, "  # type: ignore[operator]
+            f"moved {result['moved_bytes'] / 2**40:.2f} TiB of {result['state_bytes_after'] / 2**40:.2f} TiB "  # type: ignore[operator]
+            f"({result['moved_between_nodes'] / 2**40:.2f} between nodes), predicted {links['longest']:.2f} s"  # type: ignore[operator]
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory of this process {peak:.2f} GiB (all ranks' descriptions at once)")
+    document = {
+        "command": "python benchmarks/simulated_switch.py",
+        "machine": platform.processor() or platform.machine(),
+        "options": {k: v for k, v in vars(options).items() if k != "output"},
+        "results": results,
+    }
+    options.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The switch from one stage to the next: two ways to carry the training state over, with the same result bit for bit.
+
+`through_memory` moves it between the ranks in memory (`upcycle/live.py`), `through_checkpoint` transforms the old stage's
+checkpoint on disk (`upcycle/transform.py`). Either ends with the new stage verified; whatever is not a tensor sized by
+experts (schedule, generators, Adam's step count) is carried over by both alike.
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.fingerprint import take_fingerprints
+from model.holdings import describe_stage
+from model.sharded_state import expert_keys
+from parallel.layout import Layout
+from parallel.optimizer_state import get_step, has_moments, set_step
+from parallel.redistribute import Redistribution
+from train import random_state
+from train.checkpoint import Manifest, checkpoint_name, read_manifest
+from train.stage import build_stage
+from upcycle.live import add_bias_noise, move_state
+from upcycle.plan import ExpansionPlan
+from upcycle.transform import expand_checkpoint
+from upcycle.verify import verify_expansion
+
+if TYPE_CHECKING:
+    from train.run import Run
+
+
+class Clock:
+    """Seconds per named act of the switch."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def act(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to an act."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@dataclass
+class _Carried:
+    """What is neither a tensor nor sized by experts and goes from stage to stage: schedule and generators."""
+
+    scheduler: dict[str, Any]
+    generators: dict[str, Any]
+    layout: Layout
+
+    @classmethod
+    def of(cls, run: "Run") -> "_Carried":
+        return cls(run.stage.scheduler.state_dict(), random_state.capture(), run.layout)
+
+    def give(self, run: "Run") -> None:
+        run.stage.scheduler.load_state_dict(self.scheduler)
+        if run.layout is self.layout:
+            # Another layout has other streams; `Run.enter_layout` has seeded them.
+            random_state.restore(self.generators)
+
+
+def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: Clock) -> Redistribution:
+    """Replace the stage of a run by the next one, moving its state in memory and freeing the old as the new one fills.
+
+    Args:
+        run: between two steps.
+        plan: the expansion, agreed on by all ranks.
+        saved: checkpoint of the current state, if there is one.
+        clock: told where the time goes.
+
+    Raises:
+        ExpansionError: on all ranks, if a rank fails or the new stage is not what the plan says.
+    """
+    with clock.act("describe"):
+        with run.layout.together("reading the checkpoint before the switch"):
+            before = read_manifest(saved).fingerprints if saved else None
+        if before is None:
+            before = take_fingerprints(run.stage.chunks, run.stage.optimizer, run.layout)
+        carried = _Carried.of(run)
+        experts = expert_keys(run.stage.chunks, run.layout)
+        told = run.layout.gather_objects((get_step(run.stage.optimizer), has_moments(run.stage.optimizer)))
+        step, moments = max(step for step, _ in told), any(has for _, has in told)
+        old = describe_stage(run.stage.chunks, run.stage.optimizer, run.layout, moments=moments)
+    with clock.act("rebuild"):
+        # The order keeps the peak low: first everything goes that the new stage does not need, and the new stage has no
+        # gradients until the old one is gone.
+        run.stage.release_gradients()
+        number = run.stage.number + 1
+        run.stage.release()
+        gc.collect()
+        layout = run.enter_layout(number)
+        with layout.together("building the next stage"):
+            run.stage = build_stage(run.settings, number, layout, run.vocab_size, blank=True)
+            run.stage.release_gradients()
+            new = describe_stage(run.stage.chunks, run.stage.optimizer, layout, moments=moments)
+    with clock.act("move"):
+        old.free_as_it_goes()
+        chunk_bytes = run.settings.upcycle.transfer_chunk_mib << 20
+        moved = move_state(old, new, plan, experts, layout, chunk_bytes=chunk_bytes)
+        del old
+        add_bias_noise(run.stage.chunks, plan)
+        set_step(run.stage.optimizer, step)
+        run.stage.restore_gradients()
+        carried.give(run)
+    with clock.act("verify"):
+        found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
+        verify_expansion(before, found, plan, experts)
+    run.plans.append(plan.to_dict())
+    return moved
+
+
+def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clock) -> None:
+    """Replace the stage of a run by the next one through the checkpoint in `source`, and publish the new one.
+
+    Args:
+        run: between two steps.
+        plan: the expansion, agreed on by all ranks.
+        source: checkpoint of the current state.
+        clock: told where the time goes.
+
+    Raises:
+        ExpansionError: if the new stage is not what the plan says; it is not published then.
+        CheckpointError: if the disk fails.
+    """
+    persistence = run.persistence
+    old = persistence.manifest()
+    experts = old.experts
+    carried = _Carried.of(run)
+    needed = persistence.needed_bytes(plan.experts_after / plan.experts_before)
+    number = run.stage.number + 1
+    # Filled once the new stage stands; published with it.
+    manifest = Manifest(**vars(old))
+
+    def write(staging: Path) -> None:
+        with clock.act("transform"):
+            expand_checkpoint(source / "tensors", staging / "tensors", plan, experts, run.layout)
+        with clock.act("rebuild"):
+            run.stage.release()
+            gc.collect()
+            layout = run.enter_layout(number)
+            run.stage = build_stage(run.settings, number, layout, run.vocab_size)
+        with clock.act("load"):
+            persistence.load_stage(staging / "tensors", old.optimizer_step)
+            carried.give(run)
+            with layout.together("saving generator states"):
+                random_state.save(staging / "rng", layout.rank)
+        with clock.act("verify"):
+            found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
+            verify_expansion(old.fingerprints, found, plan, experts)
+        run.plans.append(plan.to_dict())
+        manifest.stage, manifest.num_experts = number, plan.experts_after
+        manifest.layout = run.settings.parallel_of(number).describe(layout.world_size)
+        manifest.fingerprints = found
+        manifest.experts = expert_keys(run.stage.chunks, layout)
+        manifest.plans = list(run.plans)
+
+    began = time.perf_counter()
+    path = persistence.folder.write(checkpoint_name(run.step, number, expanded=True), manifest, needed, write)
+    persistence.saved(path, time.perf_counter() - began)
