@@ -51,21 +51,27 @@ def tensor_sums(tensor: torch.Tensor, start: int, row_numel: int, rows: int) -> 
         row_numel: elements per row.
         rows: rows of the whole tensor.
     """
-    bits = tensor.detach().reshape(-1)
-    if bits.element_size() == 8:
-        # Two halves of 32 bits each.
-        bits, start, row_numel = bits.view(torch.int32), 2 * start, 2 * row_numel
-    elif bits.element_size() > 1:
-        bits = bits.view(torch.int32 if bits.element_size() == 4 else torch.int16)
-    wide = torch.int64 if bits.element_size() == 4 else torch.int32
-    room = torch.empty(
-        min(_ROOM_BYTES[bits.device.type] // wide.itemsize, bits.numel()), dtype=wide, device=bits.device
-    )
-    sums = torch.zeros(rows, dtype=wide, device=bits.device)
-    position = 0
-    while position < bits.numel():
+    # The CPU runtime looks at every call of torch, which takes as long as the work on a small tensor.
+    with torch._C.DisableTorchFunction():
+        bits = tensor.detach().reshape(-1)
+        if bits.element_size() == 8:
+            # Two halves of 32 bits each.
+            bits, start, row_numel = bits.view(torch.int32), 2 * start, 2 * row_numel
+        elif bits.element_size() > 1:
+            bits = bits.view(torch.int32 if bits.element_size() == 4 else torch.int16)
+        wide = torch.int64 if bits.element_size() == 4 else torch.int32
+        sums = torch.zeros(rows, dtype=wide, device=bits.device)
+        _add_up(bits, start, row_numel, sums)
+        return sums if wide == torch.int64 else sums.to(torch.int64) << 32
+
+
+def _add_up(bits: torch.Tensor, start: int, row_numel: int, sums: torch.Tensor) -> None:
+    """Add the polynomial of integers to the sums of their rows, [rows], in whose type it is computed."""
+    wide, stop, position = sums.dtype, bits.numel(), 0
+    room = torch.empty(min(_ROOM_BYTES[bits.device.type] // wide.itemsize, stop), dtype=wide, device=bits.device)
+    while position < stop:
         row, column = divmod(start + position, row_numel)
-        fit = min(bits.numel() - position, room.numel())
+        fit = min(stop - position, room.numel())
         # Whole rows at a time, or a stretch of one row.
         whole = column == 0 and fit >= row_numel
         count, width = (fit // row_numel, row_numel) if whole else (1, min(fit, row_numel - column))
@@ -74,7 +80,6 @@ def tensor_sums(tensor: torch.Tensor, start: int, row_numel: int, rows: int) -> 
         linear = values.sum(dim=1, dtype=wide)
         sums[row : row + count] += values.mul_(values).sum(dim=1, dtype=wide).add_(linear, alpha=_FACTOR[wide])
         position = end
-    return sums if wide == torch.int64 else sums.to(torch.int64) << 32
 
 
 class _Entry(NamedTuple):

@@ -4,6 +4,8 @@ Definitions (per MoE layer, over all tokens of a step on all ranks): load of an 
 load / sum of loads. Even routing has every share at 1/E.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +64,17 @@ class ExpertLoad:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+@contextlib.contextmanager
+def restored_counters(parts: list[MoEPart]) -> Iterator[None]:
+    """Put the routers' buffers back after a block: looking must leave load balancing as it was."""
+    kept = {buffer: buffer.clone() for part in parts for buffer in part.layer.router.buffers()}
+    try:
+        yield
+    finally:
+        for buffer, value in kept.items():
+            buffer.copy_(value)
 
 
 def load_figures(share_LE: torch.Tensor) -> dict[str, float]:

@@ -141,14 +141,18 @@ def describe_rank(
     """
     at = coordinates(rank, config, world_size)
     held: dict[str, Holding] = {}
-    for expert in (False, True):
-        mine = [t for t in tensors if t.expert is expert and t.stage == at.pipeline]
+    data_ranks, expert_ranks = config.data(world_size) * config.context, config.expert_data(world_size)
+    # Where experts are reduced over the same ranks as the rest, they share its buffers (`model/build.py`).
+    shared = config.expert == 1 and data_ranks == expert_ranks
+    families = [(False, True)] if shared else [(False,), (True,)]
+    for kinds in families:
+        mine = [t for t in tensors if t.expert in kinds and t.stage == at.pipeline]
         local = [_pieces(t, at, config) for t in mine]
         for tensor, (_, pieces) in zip(mine, local, strict=True):
             held[f"weight/{tensor.key}"] = Holding(tensor.itemsize, tuple(p.box for p in pieces))
         sizes = [numel for numel, _ in local]
-        ranks = config.expert_data(world_size) if expert else config.data(world_size) * config.context
-        index = at.expert_data if expert else at.data * config.context + at.context
+        ranks = data_ranks if False in kinds else expert_ranks
+        index = at.data * config.context + at.context if False in kinds else at.expert_data
         owned = zero1_range(sizes, ranks, index) if distributed else ((i, 0, n) for i, n in enumerate(sizes))
         for i, start, stop in owned:
             boxes = [box for piece in local[i][1] for box in _owned_boxes(piece, start, stop)]

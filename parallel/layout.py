@@ -108,7 +108,7 @@ class Layout:
         ranks_per_node: processes on this machine.
         data_size: data-parallel ranks of the dense parameters.
         data_rank: this rank among them.
-        groups: mcore's process groups; without attributes once the layout was changed.
+        groups: mcore's process groups; empty once the layout was changed.
         device: where tensors live.
     """
 

@@ -6,15 +6,23 @@ Between two optimizer steps, on all ranks or none. The stage before is complete 
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from model.build import count_parameters
+from model.load import restored_counters
+from parallel.cluster import coordinates
+from parallel.config import ParallelConfig
 from parallel.errors import ExpansionError
 from parallel.redistribute import Redistribution
 from train import random_state
 from train.step import run_micro_batches
 from train.switch import Clock, through_checkpoint, through_memory
+from upcycle.config import StageConfig
+from upcycle.placement import contiguous
 from upcycle.plan import ExpansionPlan, plan_expansion
 from upcycle.utility import gradient_scores, weight_scores
 
@@ -85,27 +93,29 @@ def _announce(
 
 
 def make_plan(run: "Run") -> ExpansionPlan:
-    """Score the experts if the rule wants it, plan, and make sure that every rank has the same plan.
+    """Score the experts and measure their load if the rules want it, plan, and make sure that every rank has the same plan.
 
     Raises:
         ExpansionError: if ranks disagree; nothing has moved yet.
     """
-    rules = run.settings.upcycle.stages[run.stage.number]
-    run.stage.gather_parameters()
-    scores = None
-    if rules.selection != "uniform":
-        scores = (
-            _gradient_scores(run, rules.scoring_batches)
-            if rules.utility == "grad_norm"
-            else weight_scores(run.stage.chunks, run.layout, run.stage.num_experts)
-        )
+    stage, number = run.stage, run.stage.number + 1
+    rules = run.settings.upcycle.stages[stage.number]
+    stage.gather_parameters()
+    scores = loads = None
+    if rules.grows():
+        scores, loads = _measure(run, rules)
+    layout = run.settings.parallel_of(number)
     plan = plan_expansion(
         rules,
         run.settings.model,
-        stage=run.stage.number + 1,
-        experts_before=run.stage.num_experts,
+        stage=number,
+        experts_before=stage.num_experts,
         scores=scores,
         seed=run.settings.run.seed,
+        loads=loads,
+        ep_ranks=layout.expert,
+        ep_ranks_before=run.layout.config.expert,
+        homes=_homes(stage.num_experts, run.layout.config, layout, run.layout.world_size),
     )
     digests = run.layout.gather_objects(plan.digest)
     if len(set(digests)) > 1:
@@ -117,16 +127,66 @@ def make_plan(run: "Run") -> ExpansionPlan:
     return plan
 
 
+def _homes(experts: int, before: ParallelConfig, after: ParallelConfig, world_size: int) -> list[set[int]] | None:
+    """For each expert-parallel rank of the new layout, the old experts that all processes behind it hold already.
+
+    None where layers move between pipeline ranks, because a process then holds no expert of most of its new layers.
+    """
+    if (before.pipeline, before.chunks()) != (after.pipeline, after.chunks()):
+        return None
+    blocks = contiguous(experts, before.expert)
+    homes: list[set[int]] = [set(range(experts)) for _ in range(after.expert)]
+    for rank in range(world_size):
+        homes[coordinates(rank, after, world_size).expert] &= set(blocks[coordinates(rank, before, world_size).expert])
+    return homes
+
+
 def _plan_file(run: "Run", plan: ExpansionPlan) -> Path:
     return run.files.plans / f"step-{plan.step:08d}.json"
 
 
-def _gradient_scores(run: "Run", batches: int) -> dict[int, list[float]]:
-    """Scores over the batches that training will see next; they are peeked at, not consumed."""
-    config, stage = run.stage.chunks[0].config, run.stage
-    available = sum(s.samples for s in run.data.segments) - run.samples
-    count = max(1, min(batches, available // run.settings.data.global_batch_size))
+def _measure(run: "Run", rules: StageConfig) -> tuple[Mapping[int, list[float]] | None, dict[int, list[float]] | None]:
+    """Scores and loads [E] per layer number, as far as the rules need them; None for what they do not.
+
+    Loads are those of the batches that gradients are taken over, or of forward passes alone where only placement asks.
+    """
+    stage = run.stage
+    wants_gradients = rules.selection != "uniform" and rules.utility != "weight_norm"
+    if not wants_gradients and rules.placement == "near":
+        scores = None if rules.selection == "uniform" else weight_scores(stage.chunks, run.layout, stage.num_experts)
+        return scores, None
     generators = random_state.capture()
+    stage.load.reset()
+    scores = None
+    if wants_gradients:
+        scores = _gradient_scores(run, rules)
+    else:
+        # Nothing may change but the count of tokens: no gradients, and the routers' own counters are put back.
+        with torch.no_grad(), restored_counters(stage.moe_parts()):
+            _peek(run, rules.scoring_batches, forward_only=True)
+        if rules.selection != "uniform":
+            scores = weight_scores(stage.chunks, run.layout, stage.num_experts)
+    share_LE = stage.load.take(run.layout)
+    random_state.restore(generators)
+    return scores, {number: row.tolist() for number, row in zip(stage.load.layer_numbers, share_LE, strict=True)}
+
+
+def _batches(run: "Run", wanted: int) -> int:
+    """Global batches that can be peeked at; fewer near the end of the training stream."""
+    available = sum(s.samples for s in run.data.segments) - run.samples
+    return max(1, min(wanted, available // run.settings.data.global_batch_size))
+
+
+def _peek(run: "Run", wanted: int, *, forward_only: bool) -> None:
+    """Run the batches that training will see next; they are not consumed."""
+    for number in range(_batches(run, wanted)):
+        first = run.samples + number * run.settings.data.global_batch_size
+        run_micro_batches(run.stage, run.layout, run.data.peek(first), forward_only=forward_only)
+
+
+def _gradient_scores(run: "Run", rules: StageConfig) -> dict[int, list[float]]:
+    """Scores from the gradients of the batches that training will see next."""
+    config, stage = run.stage.chunks[0].config, run.stage
 
     def accumulate() -> None:
         finalize, no_sync = config.finalize_model_grads_func, config.no_sync_func
@@ -136,13 +196,9 @@ def _gradient_scores(run: "Run", batches: int) -> dict[int, list[float]]:
             with contextlib.ExitStack() as stack:
                 for chunk in stage.wrapped:
                     stack.enter_context(chunk.no_sync())
-                for number in range(count):
-                    first = run.samples + number * run.settings.data.global_batch_size
-                    run_micro_batches(stage, run.layout, run.data.peek(first), forward_only=False)
+                _peek(run, rules.scoring_batches, forward_only=False)
         finally:
             config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
 
-    scores = gradient_scores(stage.chunks, stage.wrapped, run.layout, stage.num_experts, accumulate, count)
-    random_state.restore(generators)
-    stage.load.reset()
-    return scores
+    count = _batches(run, rules.scoring_batches)
+    return gradient_scores(stage.chunks, stage.wrapped, run.layout, stage.num_experts, accumulate, count)

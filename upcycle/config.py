@@ -76,8 +76,8 @@ class StageConfig:
     parallel: StageParallel = field(default_factory=StageParallel)
     # Copies per expert: the same for all; the most useful first, under a cap; or drawn by utility under it, from a seed.
     selection: str = "uniform"
-    # How useful an expert is: squared norm of its mean gradient (arXiv 2604.19835 section 4), of its weights, or the
-    # product of both norms.
+    # How useful an expert is: squared norm of its mean gradient (arXiv 2604.19835 section 4) or of its weights, or the
+    # product of the two norms, not squared.
     utility: str = "grad_norm"
     # Extra copies one expert may get under greedy and sampling.
     max_extra_copies: int = 3

@@ -12,12 +12,12 @@ import torch
 from parallel.compat import (
     OPTIMIZER_METADATA,
     checkpoint_tensors,
+    forget_models,
     have_transformer_engine,
     layer_submodules,
     load_sharded,
     make_transformer_config,
     moe_submodules,
-    forget_models,
     save_sharded,
     use_experts,
     versions,

@@ -103,14 +103,15 @@ def test_uniform_growth_at_the_same_size_moves_nothing(ranks: int, local: int, f
     assert near.fetches == 0 and near.parents == auto.parents and imbalance(near.load_R) == pytest.approx(1, rel=1e-12)
 
 
-def test_twice_the_experts_on_twice_the_ranks_need_not_move() -> None:
-    # EP 2 -> 4 on four processes: processes 0 and 2 held experts 0 to 3, processes 1 and 3 the others.
-    homes = [range(4), range(4, 8)] * 2
-    near = place([2] * 8, ep_ranks=4, homes=homes)
-    auto = place([2] * 8, rule="auto", ep_ranks=4, homes=homes)
-    # In order of parents process 1 gets 2 and 3, process 2 gets 4 and 5: four strangers.
-    assert (near.fetches, auto.fetches) == (4, 0)
-    assert imbalance(auto.load_R) == 1 and auto.within_bound
+@pytest.mark.parametrize("ranks", [2, 4, 16])
+def test_twice_the_experts_on_twice_the_ranks_need_not_move(ranks: int) -> None:
+    """EP R -> 2R on 2R processes: process g held the experts of old rank g mod R, four of them."""
+    homes = contiguous(4 * ranks, ranks) * 2
+    near = place([2] * 4 * ranks, ep_ranks=2 * ranks, homes=homes)
+    auto = place([2] * 4 * ranks, rule="auto", ep_ranks=2 * ranks, homes=homes)
+    # In order of parents process g needs two experts of old rank g / 2, which it is for the first and the last only.
+    assert near.fetches == 2 * (2 * ranks - 2)
+    assert auto.fetches == 0 and imbalance(auto.load_R) == 1 and auto.within_bound
 
 
 def test_spread_evens_out_what_near_piles_up() -> None:
