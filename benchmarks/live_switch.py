@@ -188,8 +188,8 @@ def main() -> None:
     }  # fmt: skip
     _RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['parameters_before'] / 1e6:.0f} M -> {result['parameters_after'] / 1e6:.0f} M parameters")
-    print(f"pause: live {pause:.2f} s, through the checkpoint {through_disk:.2f} s ({pause / through_disk:.3f}), save, exit, "
-          f"relaunch, load {relaunch:.2f} s ({pause / relaunch:.3f}) and {result['relaunch_start_seconds']:.1f} s of "
+    print(f"pause: live {pause:.2f} s, through the checkpoint {through_disk:.2f} s ({pause / through_disk:.3f}), save, "
+          f"exit, relaunch, load {relaunch:.2f} s ({pause / relaunch:.3f}) and {result['relaunch_start_seconds']:.1f} s of "
           "process start")  # fmt: skip
     ratio = grown["moved_bytes"] / grown["least_bytes"] if grown["least_bytes"] else 1.0
     print(f"moved {grown['moved_bytes'] / 2**20:.1f} MiB between ranks, {ratio:.2f} of the least possible")

@@ -3,8 +3,8 @@
     python benchmarks/simulated_switch.py                      # 1,024 ranks, 61 layers, 256 -> 512 experts, EP 64 -> 128
     python benchmarks/simulated_switch.py --ranks 64 --pipeline 1 --layers 12 --experts 64 --expert 32 --expert-after 64
 
-Nothing is moved. Every rank's holdings come from arithmetic (`parallel/cluster.py`), the plan from the planner of the running
-job (`parallel/reshard_plan.py`). The predicted pause divides each rank's bytes by the bandwidths given here, which are
+Nothing is moved. Every rank's holdings come from arithmetic (`parallel/cluster.py`), the plan from the planner of the
+running job (`parallel/reshard_plan.py`). The predicted pause divides each rank's bytes by the bandwidths given here, which are
 assumptions, not measurements: see docs/live-switch.md.
 """
 
@@ -22,6 +22,8 @@ from model.holdings import wave_of
 from parallel.cluster import LogicalTensor, describe_rank
 from parallel.config import ParallelConfig
 from parallel.reshard_plan import Holdings, plan_rank, traffic
+from train.expansion import homes
+from upcycle.placement import place
 
 RESULTS = Path(__file__).parent / "results" / "simulated_switch.json"
 
@@ -60,14 +62,14 @@ def deepseek_like(layers: int, experts: int, pipeline: int) -> list[LogicalTenso
     return found
 
 
-def skewed_parents(experts: int, after: int, rng: random.Random) -> list[int]:
-    """Parents under greedy selection with a cap of 3 extra copies (the plan's worst case for traffic), in `near` order."""
+def skewed_copies(experts: int, after: int, rng: random.Random) -> list[int]:
+    """Copies per expert under greedy selection with a cap of 3 extra copies, for random scores."""
     copies, left = [1] * experts, after - experts
     for expert in rng.sample(range(experts), experts):
         extra = min(3, left)
         copies[expert] += extra
         left -= extra
-    return [e for e in range(experts) for _ in range(copies[e])]
+    return copies
 
 
 def _seconds_of_links(
@@ -87,7 +89,7 @@ def _seconds_of_links(
     }
 
 
-def simulate(options: argparse.Namespace, rule: str) -> dict[str, object]:
+def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str, object]:
     """Plan one expansion for the whole cluster."""
     world, small, large = options.ranks, options.experts, options.experts * options.factor
     before = ParallelConfig(pipeline=options.pipeline, expert=options.expert)
@@ -98,9 +100,13 @@ def simulate(options: argparse.Namespace, rule: str) -> dict[str, object]:
     new: dict[int, Holdings] = {r: describe_rank(r, world, after, new_tensors) for r in range(world)}
     rng = random.Random(0)
     parents: dict[str, Sequence[int]] = {}
+    held = homes(small, before, after, world)
+    began = time.perf_counter()
     for layer in range(options.layers):
-        uniform = [e for e in range(small) for _ in range(options.factor)]
-        parents[f"layers.{layer}."] = uniform if rule == "uniform" else skewed_parents(small, large, rng)
+        copies = [options.factor] * small if rule == "uniform" else skewed_copies(small, large, rng)
+        order = place(copies, rule=placement, ep_ranks=after.expert, loads_E=None, homes=held, groups=1, bound=1.25)
+        parents[f"layers.{layer}."] = order.parents
+    placing = time.perf_counter() - began
 
     def rows(key: str) -> Sequence[int] | None:
         if ".mlp.experts." not in key and ".mlp.router." not in key:
@@ -121,6 +127,8 @@ def simulate(options: argparse.Namespace, rule: str) -> dict[str, object]:
     parameters = sum(_numel(t.shape) for t in new_tensors)
     return {
         "rule": rule,
+        "placement": placement,
+        "place_seconds": placing,
         "parameters_after": parameters,
         "plan_seconds_slowest": max(seconds),
         "metadata_bytes_per_rank": metadata,
@@ -154,12 +162,12 @@ def main() -> None:
     parser.add_argument("--network-gbps", type=float, default=40.0, help="GB/s per GPU and direction between nodes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    results = [simulate(options, rule) for rule in ("uniform", "greedy")]
+    results = [simulate(options, rule, placement) for rule in ("uniform", "greedy") for placement in ("near", "auto")]
     for result in results:
         links = result["predicted_seconds"]
         assert isinstance(links, dict)
         print(
-            f"{result['rule']:8} {result['parameters_after'] / 1e9:,.0f} B parameters after, planning "  # type: ignore[operator]
+            f"{result['rule']:8} {result['placement']:5} {result['parameters_after'] / 1e9:,.0f} B parameters after, planning "  # type: ignore[operator]
             f"{result['plan_seconds_slowest']:.2f} s per rank, metadata {result['metadata_bytes_per_rank'] / 2**20:.1f} MiB, "  # type: ignore[operator]
             f"moved {result['moved_bytes'] / 2**40:.2f} TiB of {result['state_bytes_after'] / 2**40:.2f} TiB "  # type: ignore[operator]
             f"({result['moved_between_nodes'] / 2**40:.2f} between nodes), predicted {links['longest']:.2f} s"  # type: ignore[operator]

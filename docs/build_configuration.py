@@ -83,6 +83,15 @@ _UNITS = {
     "upcycle.stages[].num_experts": "experts",
     "upcycle.stages[].max_extra_copies": "copies",
     "upcycle.stages[].bias_noise": "score",
+    "upcycle.stages[].temperature": "-",
+    "upcycle.stages[].max_load_imbalance": "-",
+    "upcycle.stages[].parallel.tensor": "ranks",
+    "upcycle.stages[].parallel.pipeline": "ranks",
+    "upcycle.stages[].parallel.virtual_pipeline": "chunks",
+    "upcycle.stages[].parallel.context": "ranks",
+    "upcycle.stages[].parallel.expert": "ranks",
+    "upcycle.stages[].parallel.expert_tensor": "ranks",
+    "upcycle.transfer_chunk_mib": "MiB",
 }
 
 # Fields without a comment of their own, or whose comment speaks of several fields at once.
@@ -133,7 +142,7 @@ _MEANINGS = {
     ),
     "checkpoint.save_final": "Save at the normal end of the run. Stops and expansions are saved in any case.",
     "tracking.project": "Project the run appears under.",
-    "upcycle.stages": "The expansions, in order; see below.",
+    "upcycle.stages": "The stages after the first, in order; see below.",
     "upcycle.stages[].factor": "New number of experts as a multiple of the one before. Give this or `num_experts`.",
     "upcycle.stages[].num_experts": "New number of experts. Give this or `factor`.",
 }
@@ -236,17 +245,20 @@ def _unit(key: str, kind: str) -> str:
 
 
 def _rows(cls: type, prefix: str) -> list[str]:
-    """Table rows of one class, without those of nested classes."""
+    """Table rows of one class; a group inside it is a mapping, followed by its own keys."""
     comments, choices, rows = _comments(cls), _choices(cls), []
     for field in dataclasses.fields(cls):
-        key, kind = f"{prefix}{field.name}", _type_name(field.type)
+        nested = dataclasses.is_dataclass(field.type)
+        key, kind = f"{prefix}{field.name}", "mapping" if nested else _type_name(field.type)
         meaning = _MEANINGS.get(key) or comments[field.name]
         if not meaning:
             raise KeyError(f"{key} has no meaning: write a comment above the field in {cls.__module__}")
         if field.name in choices:
             meaning += " One of " + ", ".join(f"`{value}`" for value in choices[field.name]) + "."
-        default = "required" if key.endswith(".at_step") else f"`{_default(field)}`"
+        default = "required" if key.endswith(".at_step") else "`{}`" if nested else f"`{_default(field)}`"
         rows.append(f"| `{key}` | {kind} | {default} | {_unit(key, kind)} | {meaning.replace('|', chr(92) + '|')} |")
+        if nested:
+            rows += _rows(typing.cast(type, field.type), f"{key}.")
     return rows
 
 

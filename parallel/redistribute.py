@@ -4,7 +4,6 @@ The collective half of the live switch. It knows nothing of experts beyond a map
 change of layout as well.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -56,11 +55,6 @@ class Redistribution:
         return lines
 
 
-def ranks_per_node() -> int:
-    """Ranks that share a machine, as the launcher says; all of them where nobody says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-
-
 def redistribute(
     old: DescribedState,
     new: DescribedState,
@@ -86,7 +80,7 @@ def redistribute(
     told = layout.gather_objects((old.holdings(), new.holdings()))
     olds, news = dict(enumerate(o for o, _ in told)), dict(enumerate(n for _, n in told))
     with layout.together("planning the move of the training state"):
-        plan = plan_rank(layout.rank, olds, news, rows, wave_of, ranks_per_node())
+        plan = plan_rank(layout.rank, olds, news, rows, wave_of, layout.ranks_per_node)
         least = least_bytes(olds, {layout.rank: news[layout.rank]}, rows)
     summaries = layout.gather_objects((plan.received_bytes(), least, plan.max_peers()))
     message_bytes = max(_LEAST_MESSAGE, chunk_bytes // max(1, max(peers for _, _, peers in summaries)))

@@ -115,7 +115,7 @@ def make_plan(run: "Run") -> ExpansionPlan:
         loads=loads,
         ep_ranks=layout.expert,
         ep_ranks_before=run.layout.config.expert,
-        homes=_homes(stage.num_experts, run.layout.config, layout, run.layout.world_size),
+        homes=homes(stage.num_experts, run.layout.config, layout, run.layout.world_size),
     )
     digests = run.layout.gather_objects(plan.digest)
     if len(set(digests)) > 1:
@@ -127,7 +127,7 @@ def make_plan(run: "Run") -> ExpansionPlan:
     return plan
 
 
-def _homes(experts: int, before: ParallelConfig, after: ParallelConfig, world_size: int) -> list[set[int]] | None:
+def homes(experts: int, before: ParallelConfig, after: ParallelConfig, world_size: int) -> list[set[int]] | None:
     """For each expert-parallel rank of the new layout, the old experts that all processes behind it hold already.
 
     None where layers move between pipeline ranks, because a process then holds no expert of most of its new layers.
@@ -201,4 +201,6 @@ def _gradient_scores(run: "Run", rules: StageConfig) -> dict[int, list[float]]:
             config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
 
     count = _batches(run, rules.scoring_batches)
-    return gradient_scores(stage.chunks, stage.wrapped, run.layout, stage.num_experts, accumulate, count)
+    return gradient_scores(
+        stage.chunks, stage.wrapped, run.layout, stage.num_experts, accumulate, count, utility=rules.utility
+    )

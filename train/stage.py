@@ -75,6 +75,11 @@ class Stage:
     def release(self) -> None:
         """Drop every reference this object holds, so that memory is free before the next stage is built."""
         self.load.remove()
+        # mcore's modules keep tensors of the last step's graph, and hooks on it that lead back to them: a cycle through
+        # autograd, which Python's collector cannot see. The model would stay for ever, and its process groups with it.
+        for chunk in self.wrapped:
+            for module in list(chunk.modules()):
+                vars(module).clear()
         self.chunks, self.wrapped = [], []
         self.optimizer = self.scheduler = self.load = None  # type: ignore[assignment]
         forget_models()

@@ -60,8 +60,10 @@ class _Carried:
     def give(self, run: "Run") -> None:
         run.stage.scheduler.load_state_dict(self.scheduler)
         if run.layout is self.layout:
-            # Another layout has other streams; `Run.enter_layout` has seeded them.
             random_state.restore(self.generators)
+        else:
+            # Another layout has other streams. They start here, whatever building the stage has drawn.
+            run.seed_streams()
 
 
 def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: Clock) -> Redistribution:

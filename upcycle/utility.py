@@ -1,18 +1,28 @@
-"""Scores that decide which experts are copied: squared norm of the mean gradient, or of the weights, per expert.
+"""Scores that decide which experts are copied (arXiv 2604.19835, section 4), one number per expert.
 
-The gradient of N batches accumulates in the existing DDP gradient buffers at frozen weights and is then summed over the
-ranks that hold the same expert, so the score is that of the mean gradient (not a mean of norms), over all parameters of
-the expert (arXiv 2604.19835, section 4), and the same number in every layout up to summation order.
+    grad_norm    ||g||^2, the squared norm of the mean gradient
+    saliency     ||w|| ||g||, the norm of the weights times that of the mean gradient
+    weight_norm  ||w||^2, which takes no batches
+
+Norms run over all parameters of an expert. The gradient of N batches accumulates in the existing DDP gradient buffers at
+frozen weights and is then summed over the ranks that hold the same expert, so g is the mean gradient (not a mean of
+norms), and a score is the same number in every layout up to summation order.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from model.build import expert_rows, moe_parts
+from model.config import one_of
+from model.load import restored_counters
 from parallel.layout import Layout
+
+# Those that `gradient_scores` computes; weight_norm is `weight_scores`.
+GRADIENT_UTILITIES = ("grad_norm", "saliency")
 
 
 def _score(
@@ -53,8 +63,9 @@ def gradient_scores(
     experts: int,
     accumulate: Callable[[], None],
     batches: int,
+    utility: str = "grad_norm",
 ) -> dict[int, list[float]]:
-    """Squared norm of the mean gradient per layer number and expert.
+    """Squared norm of the mean gradient, or its product with the norm of the weights, per layer number and expert.
 
     Args:
         chunks: bare model chunks.
@@ -63,24 +74,29 @@ def gradient_scores(
         experts: experts per MoE layer, E.
         accumulate: runs forward and backward over `batches` global batches without reducing gradients.
         batches: global batches, to take the mean.
+        utility: `grad_norm` or `saliency`.
+
+    Raises:
+        ConfigError: if the utility is another one.
     """
+    one_of("utility", utility, GRADIENT_UTILITIES)
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    counters = _counters(chunks)
-    accumulate()
-    for part in moe_parts(chunks):
+    parts = moe_parts(chunks)
+    with restored_counters(parts):
+        accumulate()
+    for part in parts:
         for p in part.layer.experts.parameters():
             layout.sum_over(_main_grad(p), layout.groups.expt_dp)
     # Each rank differentiates its mean loss (times the context size, as mcore does); the sum wants their mean.
     scale = 1.0 / (batches * layout.groups.dp_cp.size())
     scores = _score(chunks, layout, lambda p: _main_grad(p) * scale, experts)
+    if utility == "saliency":
+        weights = weight_scores(chunks, layout, experts)
+        scores = {
+            number: [math.sqrt(g * w) for g, w in zip(row, weights[number], strict=True)]
+            for number, row in scores.items()
+        }
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    for buffer, value in counters.items():
-        buffer.copy_(value)
     return scores
-
-
-def _counters(chunks: list[GPTModel]) -> Mapping[torch.Tensor, torch.Tensor]:
-    """Copies of the routers' buffers: scoring must leave load balancing as it found it."""
-    return {buffer: buffer.clone() for part in moe_parts(chunks) for buffer in part.layer.router.buffers()}

@@ -5,6 +5,7 @@ The train steps are those of a run, on mcore's real modules, so that whatever th
 
 import gc
 import os
+import time
 
 import torch
 
@@ -18,9 +19,14 @@ _ROUND = ({"expert": 4}, {"tensor": 2, "expert": 2}, {"pipeline": 2, "expert": 2
 
 
 def _held() -> tuple[int, int]:
-    """Open file descriptors and threads of this process."""
+    """Open file descriptors and threads of this process; a gloo group closes its sockets in a thread of its own."""
     gc.collect()
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    held, before = (0, 0), (-1, -1)
+    while held != before:
+        before = held
+        time.sleep(0.1)
+        held = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    return held
 
 
 def _step(layout: Layout) -> float:
@@ -61,7 +67,8 @@ def _rounds(number: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[
 def test_changing_the_layout_leaks_nothing() -> None:
     """Four changes a round: after each round as many descriptors and threads as after the first, mcore works throughout."""
     for held, before, after, norms in run_distributed(_rounds, 4, 3):
-        assert len(set(held)) == 1, held
+        for descriptors, threads in held[1:]:
+            assert descriptors <= held[0][0] and threads <= held[0][1], held
         # The descriptors of the groups themselves go as well.
         assert before[0] < held[0][0] and after[0] < held[0][0], (before, held, after)
         assert all(norm > 0 for norm in norms)
