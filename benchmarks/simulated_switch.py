@@ -4,8 +4,8 @@
     python benchmarks/simulated_switch.py --ranks 64 --pipeline 1 --layers 12 --experts 64 --expert 32 --expert-after 64
 
 Nothing is moved. Every rank's holdings come from arithmetic (`parallel/cluster.py`), the plan from the planner of the
-running job (`parallel/reshard_plan.py`). The predicted pause divides each rank's bytes by the bandwidths given here, which are
-assumptions, not measurements: see docs/live-switch.md.
+running job (`parallel/reshard_plan.py`). The predicted pause divides each rank's bytes by the bandwidths given here, which
+are assumptions, not measurements: see docs/live-switch.md.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from model.holdings import wave_of
 from parallel.cluster import LogicalTensor, describe_rank
@@ -89,7 +90,7 @@ def _seconds_of_links(
     }
 
 
-def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str, object]:
+def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str, Any]:
     """Plan one expansion for the whole cluster."""
     world, small, large = options.ranks, options.experts, options.experts * options.factor
     before = ParallelConfig(pipeline=options.pipeline, expert=options.expert)
@@ -147,6 +148,16 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"{result['rule']:8} {result['placement']:5} {result['parameters_after'] / 1e9:,.0f} B parameters after, planning "
+        f"{result['plan_seconds_slowest']:.2f} s per rank, metadata {result['metadata_bytes_per_rank'] / 2**20:.1f} MiB, "
+        f"moved {result['moved_bytes'] / 2**40:.2f} TiB of {result['state_bytes_after'] / 2**40:.2f} TiB "
+        f"({result['moved_between_nodes'] / 2**40:.2f} between nodes), predicted "
+        f"{result['predicted_seconds']['longest']:.2f} s"
+    )
+
+
 def main() -> None:
     """Simulate, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,14 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     results = [simulate(options, rule, placement) for rule in ("uniform", "greedy") for placement in ("near", "auto")]
     for result in results:
-        links = result["predicted_seconds"]
-        assert isinstance(links, dict)
-        print(
-            f"{result['rule']:8} {result['placement']:5} {result['parameters_after'] / 1e9:,.0f} B parameters after, planning "  # type: ignore[operator]
-            f"{result['plan_seconds_slowest']:.2f} s per rank, metadata {result['metadata_bytes_per_rank'] / 2**20:.1f} MiB, "  # type: ignore[operator]
-            f"moved {result['moved_bytes'] / 2**40:.2f} TiB of {result['state_bytes_after'] / 2**40:.2f} TiB "  # type: ignore[operator]
-            f"({result['moved_between_nodes'] / 2**40:.2f} between nodes), predicted {links['longest']:.2f} s"  # type: ignore[operator]
-        )
+        print(_line(result))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this process {peak:.2f} GiB (all ranks' descriptions at once)")
     document = {

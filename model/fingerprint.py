@@ -18,7 +18,8 @@ that have drifted apart are an error (`take_fingerprints`).
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,31 @@ def _add_up(bits: torch.Tensor, start: int, row_numel: int, sums: torch.Tensor) 
         position = end
 
 
+class Part(NamedTuple):
+    """Arguments of `tensor_sums`."""
+
+    tensor: torch.Tensor
+    start: int
+    row_numel: int
+    rows: int
+
+
+def sums_of(parts: Sequence[Part]) -> list[torch.Tensor]:
+    """`tensor_sums` of many tensors, by as many threads as torch may use on CPU.
+
+    A thread per tensor: an operation on a cacheful of numbers is too short to be shared out among threads.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or any(part.tensor.device.type != "cpu" for part in parts):
+        return [tensor_sums(*part) for part in parts]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda part: tensor_sums(*part), parts))
+    finally:
+        # What the workers set holds for themselves, and for threads that begin later.
+        torch.set_num_threads(threads)
+
+
 class _Entry(NamedTuple):
     """A tensor of the whole job."""
 
@@ -98,12 +124,8 @@ class _Piece(NamedTuple):
 
     entry: _Entry
     first: int
-    rows: int
     shard: int
-    tensor: torch.Tensor
-    # Position of its first element among the rows, and elements per row.
-    start: int
-    row_numel: int
+    part: Part
     # Whether this rank counts it, so that each element is counted once over the world.
     speaks: bool
 
@@ -152,11 +174,8 @@ class _Slots:
         return _Piece(
             entry=_Entry(f"{state}/{self._keys[id(of)]}", total, tensor_group.size() if split else 1, not sharded),
             first=first,
-            rows=rows,
             shard=tensor_group.rank() if split else 0,
-            tensor=tensor,
-            start=start,
-            row_numel=max(1, of.numel() // rows),
+            part=Part(tensor, start, max(1, of.numel() // rows), rows),
             speaks=speaks,
         )
 
@@ -202,16 +221,15 @@ def take_fingerprints(
     copies = torch.full((2, copies_at[-1]), _ABSENT, dtype=torch.int64, device=layout.device)
     index = {entry: i for i, entry in enumerate(entries)}
     # An fp32 weight is its own master: read it once.
-    known: dict[int, torch.Tensor] = {}
+    parts = {id(piece.part.tensor): piece.part for piece in pieces}
+    found = dict(zip(parts, sums_of(list(parts.values())), strict=True))
     for piece in pieces:
         entry, number = piece.entry, index[piece.entry]
-        if id(piece.tensor) not in known:
-            known[id(piece.tensor)] = tensor_sums(piece.tensor, piece.start, piece.row_numel, piece.rows)
-        sums = known[id(piece.tensor)].to(layout.device)
+        sums = found[id(piece.part.tensor)].to(layout.device)
         if piece.speaks:
-            totals[at[number] + piece.first :][: piece.rows] += sums
+            totals[at[number] + piece.first :][: len(sums)] += sums
         if entry.replicated:
-            here = copies[:, copies_at[number] + piece.shard * entry.rows + piece.first :][:, : piece.rows]
+            here = copies[:, copies_at[number] + piece.shard * entry.rows + piece.first :][:, : len(sums)]
             torch.maximum(here, torch.stack((sums, ~sums)), out=here)
     _check_replicas(copies, entries, copies_at, layout, error)
     layout.sum_over_world(totals)

@@ -49,6 +49,8 @@ class Manifest:
     scheduler: dict[str, Any]
     # Plans of all expansions so far, oldest first.
     plans: list[dict[str, Any]] = field(default_factory=list)
+    # When optimizer state that is younger than Adam's step count began (`parallel/optimizer_ages.py`).
+    ages: dict[str, Any] = field(default_factory=dict)
     tracker_id: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     tokens: int = 0

@@ -15,6 +15,7 @@ from model.sharded_state import expert_keys, load_tensors, save_tensors
 from parallel.compat import versions
 from parallel.errors import CheckpointError, ConfigError
 from parallel.layout import Layout
+from parallel.optimizer_ages import OptimizerAges
 from parallel.optimizer_state import get_step
 from train import random_state
 from train.checkpoint import (
@@ -28,6 +29,7 @@ from train.checkpoint import (
 )
 from train.config import RunSettings
 from train.data import Segment
+from upcycle.optimizer_rules import attach
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -193,6 +195,9 @@ class Persistence:
             # Its streams mean nothing here; those this layout was formed with would begin the run's over again.
             run.seed_streams()
         run.plans = list(manifest.plans)
+        # Fresh moments are all of one age.
+        run.ages = OptimizerAges.from_dict(manifest.ages) if full else OptimizerAges()
+        attach(run.ages, stage.optimizer, stage.chunks, self.layout)
         # With fresh moments the state is not that of the files any more.
         self._saved = (manifest.step, manifest.stage, path) if full else None
         with self.layout.together("going on with the files of run.dir"):
@@ -247,6 +252,7 @@ class Persistence:
             },
             scheduler=stage.scheduler.state_dict(),
             plans=list(run.plans),
+            ages=run.ages.to_dict(),
             tracker_id=run.tracker.run_id,
             versions=versions(),
             tokens=run.samples * self.settings.data.sequence_length,

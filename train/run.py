@@ -19,6 +19,7 @@ from model.load import load_figures
 from parallel.compat import versions
 from parallel.errors import ConfigError, CoppiceError, DataError
 from parallel.layout import Layout
+from parallel.optimizer_ages import OptimizerAges
 from train import random_state
 from train.checkpoint import Manifest, folder_bytes
 from train.config import RunSettings
@@ -53,6 +54,8 @@ class Run:
         self.step = 0
         self.samples = 0
         self.plans: list[dict[str, Any]] = []
+        # Optimizer state that is younger than Adam's step count.
+        self.ages = OptimizerAges()
         # What could not be written on this rank since the last step.
         self._unwritten: CoppiceError | None = None
         # Step and stage of the last evaluation, and its loss.
@@ -224,6 +227,7 @@ class Run:
         """Train one step and record it; True if any rank was asked to stop."""
         began = time.perf_counter()
         batches = self.data.train(self.samples)
+        learning_rate = self.stage.optimizer.param_groups[0]["lr"]
         loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
         flags = torch.tensor([stop.name is not None, self._unwritten is not None], device=loss.device)
@@ -231,7 +235,7 @@ class Run:
         self.step += 1
         self.samples += self.settings.data.global_batch_size
         mean = total / (self.data.micro_batches * self.layout.data_size)
-        self._record(mean, grad_norm, time.perf_counter() - began, share_LE)
+        self._record(mean, grad_norm, learning_rate, time.perf_counter() - began, share_LE)
         if failed:
             raise self._unwritten or _quiet(DataError("run.dir cannot be written on rank 0"))
         if not (math.isfinite(mean) and math.isfinite(grad_norm)):
@@ -241,7 +245,9 @@ class Run:
             )
         return stopping > 0
 
-    def _record(self, loss: float, grad_norm: float, seconds: float, share_LE: torch.Tensor) -> None:
+    def _record(
+        self, loss: float, grad_norm: float, learning_rate: float, seconds: float, share_LE: torch.Tensor
+    ) -> None:
         tokens = self.settings.data.global_batch_size * self.settings.data.sequence_length
         record: dict[str, Any] = {
             "step": self.step,
@@ -250,7 +256,7 @@ class Run:
             "tokens": self.samples * self.settings.data.sequence_length,
             "lm_loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": self.stage.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             **load_figures(share_LE),

@@ -24,6 +24,7 @@ from parallel.compat import forget_models
 from parallel.layout import Layout
 from parallel.optimizer_state import use_fused_update
 from train.config import RunSettings
+from upcycle.optimizer_rules import rewarm_factor
 
 
 @dataclass
@@ -157,7 +158,7 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
-        scheduler=build_scheduler(settings, optimizer),
+        scheduler=build_scheduler(settings, optimizer, number),
         load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
     )
 
@@ -182,12 +183,39 @@ def _bind(config: Any, wrapped: list[Any], optimizer: Any, settings: RunSettings
         config.param_sync_func = sync[0] if one else sync
 
 
-def build_scheduler(settings: RunSettings, optimizer: Any) -> OptimizerParamScheduler:
-    """mcore's schedule of learning rate and weight decay, counted in optimizer steps."""
+class _Rewarmed(OptimizerParamScheduler):
+    """mcore's schedule, rising again from near zero after the switch into the current stage.
+
+    Args:
+        first_step: optimizer step of the switch.
+        rewarm_steps: length of the rise; 0 for none.
+    """
+
+    def __init__(self, *arguments: Any, first_step: int, rewarm_steps: int, **options: Any) -> None:
+        # Before the base, which asks for the first learning rate at once.
+        self._first_step, self._rewarm_steps = first_step, rewarm_steps
+        super().__init__(*arguments, **options)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        rate: float = super().get_lr(param_group)
+        return rate * rewarm_factor(max(0, self.num_steps - self._first_step), self._rewarm_steps)
+
+
+def build_scheduler(settings: RunSettings, optimizer: Any, number: int = 0) -> OptimizerParamScheduler:
+    """mcore's schedule of learning rate and weight decay, counted in optimizer steps.
+
+    Args:
+        settings: of the run.
+        optimizer: whose parameter groups it sets.
+        number: of the stage; one with `rewarm_steps` warms up again.
+    """
     schedule, steps = settings.schedule, settings.run.steps
     wsd = schedule.style == "wsd"
-    return OptimizerParamScheduler(
+    begun = settings.upcycle.stages[number - 1] if number else None
+    return _Rewarmed(
         optimizer,
+        first_step=begun.at_step if begun else 0,
+        rewarm_steps=begun.rewarm_steps if begun else 0,
         init_lr=0.0,
         max_lr=schedule.learning_rate,
         min_lr=schedule.min_learning_rate,

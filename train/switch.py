@@ -23,6 +23,7 @@ from train import random_state
 from train.checkpoint import Manifest, checkpoint_name, read_manifest
 from train.stage import build_stage
 from upcycle.live import add_bias_noise, move_state
+from upcycle.optimizer_rules import ages_after, apply_rule, attach, rates_after
 from upcycle.plan import ExpansionPlan
 from upcycle.transform import expand_checkpoint
 from upcycle.verify import verify_expansion
@@ -107,13 +108,30 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         del old
         add_bias_noise(run.stage.chunks, plan)
         set_step(run.stage.optimizer, step)
+        apply_rule(plan, plan.rule, run.stage.chunks, run.stage.optimizer, layout)
         run.stage.restore_gradients()
         carried.give(run)
     with clock.act("verify"):
         found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
         verify_expansion(before, found, plan, experts)
     run.plans.append(plan.to_dict())
+    _let_age(run, plan, step)
     return moved
+
+
+def _let_age(run: "Run", plan: ExpansionPlan, adam_step: int) -> None:
+    """From the next step on, state that the expansion reset is updated by its own age, and rates of their own hold."""
+    rules = run.settings.upcycle.stages[run.stage.number - 1]
+    ages = ages_after(run.ages, plan, plan.rule, adam_step)
+    run.ages = rates_after(
+        ages,
+        plan,
+        adam_step,
+        router=rules.router_lr_multiplier,
+        replicas=rules.replica_lr_multiplier,
+        steps=rules.lr_multiplier_steps,
+    )
+    attach(run.ages, run.stage.optimizer, run.stage.chunks, run.layout)
 
 
 def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clock) -> None:
@@ -155,6 +173,8 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
             found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
             verify_expansion(old.fingerprints, found, plan, experts)
         run.plans.append(plan.to_dict())
+        _let_age(run, plan, old.optimizer_step)
+        manifest.ages = run.ages.to_dict()
         manifest.stage, manifest.num_experts = number, plan.experts_after
         manifest.layout = run.settings.parallel_of(number).describe(layout.world_size)
         manifest.fingerprints = found

@@ -8,9 +8,53 @@ from parallel.errors import ConfigError
 
 SELECTIONS = ("uniform", "greedy", "sampling")
 UTILITIES = ("grad_norm", "weight_norm", "saliency")
-OPTIMIZER_RULES = ("copy",)
+OPTIMIZER_RULES = ("copy", "reset", "reset_momentum", "scale")
+OPTIMIZER_SCOPES = ("replicas", "family", "all")
 PLACEMENTS = ("near", "spread", "auto")
 PATHS = ("live", "checkpoint")
+
+
+@dataclass(frozen=True)
+class OptimizerRule:
+    """A rule for optimizer state at an expansion.
+
+    Attributes:
+        rule: one of `OPTIMIZER_RULES`.
+        scope: one of `OPTIMIZER_SCOPES`; `family` adds the originals of experts that were copied.
+        scale: the factor s of `scale`; None takes 1/sqrt(r), r being the copies in the family.
+    """
+
+    rule: str = "copy"
+    scope: str = "replicas"
+    scale: float | None = None
+
+    def check(self, key: str) -> None:
+        """Check the values.
+
+        Args:
+            key: prefix of the keys in messages, such as `upcycle.stages[0]`.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        for name, value, known in (("rule", self.rule, OPTIMIZER_RULES), ("scope", self.scope, OPTIMIZER_SCOPES)):
+            if value not in known:
+                raise ConfigError(f"{key}.optimizer_{name}={value} is unknown: use one of {', '.join(known)}")
+        if self.scale is not None and self.rule != "scale":
+            raise ConfigError(
+                f"{key}.optimizer_scale={self.scale} has no effect with {key}.optimizer_rule={self.rule}: leave it "
+                "out, or use the rule scale"
+            )
+        if self.scale is not None and not 0 < self.scale <= 1:
+            raise ConfigError(
+                f"{key}.optimizer_scale={self.scale} must be above 0 and at most 1: a replica sees part of its "
+                "parent's tokens; the rule reset is what a factor of 0 would be"
+            )
+
+    @property
+    def restarts(self) -> tuple[bool, bool]:
+        """Whether the first and the second moment begin anew."""
+        return self.rule in ("reset", "reset_momentum"), self.rule == "reset"
 
 
 @dataclass
@@ -85,8 +129,19 @@ class StageConfig:
     temperature: float = 1.0
     # Batches averaged for grad_norm and saliency; they are peeked at, not consumed.
     scoring_batches: int = 10
-    # What happens to the optimizer state of replicas: copy takes the parent's moments.
+    # Adam's moments at an expansion: copy the parent's, reset both, reset_momentum only the first, or scale them.
     optimizer_rule: str = "copy"
+    # What the rule applies to: replicas, family (the originals of copied experts too) or all parameters.
+    optimizer_scope: str = "replicas"
+    # Under scale: factor on the first moment, its square on the second; null means 1/sqrt(copies in the family).
+    optimizer_scale: float | None = None
+    # Steps over which the whole learning rate rises from near zero again after the switch.
+    rewarm_steps: int = 0
+    # Factors on the learning rate of router rows and of replicas right after the switch, moving back to 1.
+    router_lr_multiplier: float = 1.0
+    replica_lr_multiplier: float = 1.0
+    # Steps until both multipliers are 1 again.
+    lr_multiplier_steps: int = 0
     # Half-width of the uniform noise on the selection bias of replicas, which lets balancing tell them apart.
     bias_noise: float = 1e-3
     # Where replicas go: near their parent, spread over expert-parallel ranks by load, or auto (least traffic under a bound).
@@ -112,7 +167,16 @@ class StageConfig:
             raise ConfigError(f"{key}.factor={self.factor} must be 2 or more: an expansion adds experts")
         one_of(f"{key}.selection", self.selection, SELECTIONS)
         one_of(f"{key}.utility", self.utility, UTILITIES)
-        one_of(f"{key}.optimizer_rule", self.optimizer_rule, OPTIMIZER_RULES)
+        self.rule().check(key)
+        positive(f"{key}.rewarm_steps", self.rewarm_steps, zero=True)
+        positive(f"{key}.lr_multiplier_steps", self.lr_multiplier_steps, zero=True)
+        for name in ("router_lr_multiplier", "replica_lr_multiplier"):
+            value = getattr(self, name)
+            positive(f"{key}.{name}", value)
+            if value != 1 and not self.lr_multiplier_steps:
+                raise ConfigError(
+                    f"{key}.{name}={value} has no effect with {key}.lr_multiplier_steps=0: say for how many steps"
+                )
         positive(f"{key}.max_extra_copies", self.max_extra_copies)
         positive(f"{key}.temperature", self.temperature)
         positive(f"{key}.scoring_batches", self.scoring_batches)
@@ -132,6 +196,10 @@ class StageConfig:
                     raise ConfigError(
                         f"{key}.{name}={value} needs more experts: add factor or num_experts, or drop {key}.{name}"
                     )
+
+    def rule(self) -> OptimizerRule:
+        """What happens to optimizer state."""
+        return OptimizerRule(self.optimizer_rule, self.optimizer_scope, self.optimizer_scale)
 
     def grows(self) -> bool:
         """Whether the number of experts changes; else only the layout does."""

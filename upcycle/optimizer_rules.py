@@ -20,7 +20,6 @@ and on a stage that was loaded, after its optimizer state, `attach(OptimizerAges
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,57 +27,13 @@ from megatron.core.models.gpt import GPTModel
 from torch.utils.hooks import RemovableHandle
 
 from model.build import expert_rows, moe_parts
-from parallel.errors import ConfigError
 from parallel.layout import Layout
 from parallel.optimizer_ages import NEVER, OptimizerAges, RateFactor, RowState, YoungRange, correct_updates
 from parallel.optimizer_state import MOMENTS, OptimizerView, optimizer_views
+from upcycle.config import OptimizerRule
 from upcycle.plan import ExpansionPlan, LayerPlan
 
-RULES = ("copy", "reset", "reset_momentum", "scale")
-SCOPES = ("replicas", "family", "all")
-
-
-@dataclass(frozen=True)
-class OptimizerRule:
-    """A rule for optimizer state at an expansion.
-
-    Attributes:
-        rule: one of `RULES`.
-        scope: one of `SCOPES`; `family` adds the originals of experts that were copied.
-        scale: the factor s of `scale`; None takes 1/sqrt(r), r being the copies in the family (see `row_factors`).
-    """
-
-    rule: str = "copy"
-    scope: str = "replicas"
-    scale: float | None = None
-
-    def check(self, key: str) -> None:
-        """Check the values.
-
-        Args:
-            key: prefix of the keys in messages, such as `upcycle.stages[0]`.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        for name, value, known in (("rule", self.rule, RULES), ("scope", self.scope, SCOPES)):
-            if value not in known:
-                raise ConfigError(f"{key}.optimizer_{name}={value} is unknown: use one of {', '.join(known)}")
-        if self.scale is not None and self.rule != "scale":
-            raise ConfigError(
-                f"{key}.optimizer_scale={self.scale} has no effect with {key}.optimizer_rule={self.rule}: leave it "
-                "out, or use the rule scale"
-            )
-        if self.scale is not None and not 0 < self.scale <= 1:
-            raise ConfigError(
-                f"{key}.optimizer_scale={self.scale} must be above 0 and at most 1: a replica sees part of its "
-                "parent's tokens; the rule reset is what a factor of 0 would be"
-            )
-
-    @property
-    def restarts(self) -> tuple[bool, bool]:
-        """Whether the first and the second moment begin anew."""
-        return self.rule in ("reset", "reset_momentum"), self.rule == "reset"
+__all__ = ["OptimizerRule"]
 
 
 def rows_in_scope(layer: LayerPlan, scope: str) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from parallel.errors import ExpansionError
-from upcycle.config import StageConfig
+from upcycle.config import OptimizerRule, StageConfig
 from upcycle.placement import Placed, contiguous, imbalance, place
 from upcycle.selection import select_copies
 
@@ -84,7 +84,9 @@ class ExpansionPlan:
         layers: one plan per MoE layer.
         selection: rule and what it was told.
         placement: rule, and where ranks share the experts, per layer what it means for them.
-        optimizer_rule: what happens to the optimizer state of replicas.
+        optimizer_rule: what happens to optimizer state.
+        optimizer_scope: of which experts.
+        optimizer_scale: factor of the rule `scale`; None for the default.
         bias_noise: half-width of the noise on the replicas' selection bias.
         seed: root seed of the run.
     """
@@ -99,6 +101,15 @@ class ExpansionPlan:
     optimizer_rule: str = "copy"
     bias_noise: float = 0.0
     seed: int = 0
+    optimizer_scope: str = "replicas"
+    optimizer_scale: float | None = None
+
+    @property
+    def rule(self) -> OptimizerRule:
+        """What happens to optimizer state; a change of layout leaves all of it as it is."""
+        if self.experts_after == self.experts_before:
+            return OptimizerRule()
+        return OptimizerRule(self.optimizer_rule, self.optimizer_scope, self.optimizer_scale)
 
     def layer(self, number: int) -> LayerPlan:
         """The plan of one layer.
@@ -278,6 +289,8 @@ def plan_expansion(
         selection=_selection_record(rules),
         placement=_placement_record(rules, placed, loads, ep_before, ep_ranks),
         optimizer_rule=rules.optimizer_rule,
+        optimizer_scope=rules.optimizer_scope,
+        optimizer_scale=rules.optimizer_scale,
         bias_noise=rules.bias_noise,
         seed=seed,
     )

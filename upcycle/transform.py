@@ -18,6 +18,8 @@ from model.sharded_state import parameter_of
 from parallel.compat import checkpoint_tensors, load_sharded, save_sharded
 from parallel.errors import ExpansionError
 from parallel.layout import Layout
+from parallel.optimizer_state import MOMENTS
+from upcycle.optimizer_rules import rule_tensor
 from upcycle.plan import ExpansionPlan, LayerPlan
 
 
@@ -37,7 +39,7 @@ def bias_noise(plan: ExpansionPlan, layer: LayerPlan) -> torch.Tensor:
 def expand_tensor(
     key: str, old: torch.Tensor, plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]]
 ) -> torch.Tensor:
-    """The tensor that the larger stage holds under `key`.
+    """The tensor that the larger stage holds under `key`; `old` may be changed in place.
 
     Args:
         key: checkpoint key, of a weight, buffer, master or moment.
@@ -50,6 +52,8 @@ def expand_tensor(
     """
     state, parameter = parameter_of(key)
     if parameter not in experts:
+        if state in MOMENTS:
+            rule_tensor(state, old, plan, None, plan.rule)
         return old
     if old.shape[0] != plan.experts_before:
         raise ExpansionError(f"{key} has {old.shape[0]} experts, the plan starts from {plan.experts_before}")
@@ -57,6 +61,8 @@ def expand_tensor(
     new = old.index_select(0, torch.tensor(layer.parents))
     if experts[parameter]["kind"] == "selection_bias" and state == "weight":
         new = new + bias_noise(plan, layer).to(new.dtype)
+    if state in MOMENTS:
+        rule_tensor(state, new, plan, layer.layer, plan.rule)
     return new
 
 

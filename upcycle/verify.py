@@ -2,16 +2,17 @@
 
 Compares layout-free fingerprints of the state before and after (`model/fingerprint.py`): every copy equals its parent
 bit for bit in weights, masters and moments; everything that has no expert axis is untouched; every parameter has its
-master and, once there were any, both moments. Replicas whose moments were reset are named in a reset record and must be
-zero. That the ranks' copies of one tensor agree is checked where fingerprints are taken.
+master and, once there were any, both moments. Moments that the plan's optimizer rule resets must be zero; those that it
+scales are not compared. That the ranks' copies of one tensor agree is checked where fingerprints are taken.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from model.fingerprint import Fingerprints
 from parallel.errors import ExpansionError
 from parallel.optimizer_state import MOMENTS
+from upcycle.optimizer_rules import other_factors, row_factors
 from upcycle.plan import ExpansionPlan
 
 _REMEDY = "the stage before it is kept in its checkpoint"
@@ -21,37 +22,36 @@ def expected_after(
     before: Fingerprints,
     plan: ExpansionPlan,
     experts: Mapping[str, Mapping[str, Any]],
-    reset: Collection[str] = (),
 ) -> dict[str, list[int | None]]:
-    """What the fingerprints must be after the expansion; None for the selection bias of a replica that got noise.
+    """What the fingerprints must be after the expansion; None for a selection bias with noise and for scaled moments.
 
     Args:
         before: fingerprints of the smaller stage.
         plan: the expansion; parents in any order.
         experts: keys with an expert axis (`model.sharded_state.expert_keys`).
-        reset: names (`exp_avg/<key>`) of moments whose replicas start from zero, which has the fingerprint 0.
-
-    Raises:
-        ExpansionError: if the reset record names what is no moment with an expert axis.
     """
-    for name in sorted(reset):
-        state, _, key = name.partition("/")
-        if name not in before or state not in MOMENTS or key not in experts:
-            raise ExpansionError(f"the reset record names {name}, which is no moment of an expert or a router")
     expected: dict[str, list[int | None]] = {}
     for name, numbers in before.items():
-        key = name.split("/", 1)[1]
+        state, key = name.split("/", 1)
         if key not in experts:
-            expected[name] = list(numbers)
+            factor = other_factors(plan.rule).get(state, 1.0)
+            expected[name] = [_times(number, factor) for number in numbers]
             continue
         layer = plan.layer(experts[key]["layer"])
         rows: list[int | None] = [numbers[parent] for parent in layer.parents]
-        noised = experts[key]["kind"] == "selection_bias" and plan.bias_noise != 0
-        if noised or name in reset:
+        if experts[key]["kind"] == "selection_bias" and plan.bias_noise != 0:
             for new in layer.replicas():
-                rows[new] = None if noised else 0
+                rows[new] = None
+        elif state in MOMENTS:
+            factors = row_factors(layer, plan.rule)[state]
+            rows = [_times(numbers[p], factor) for p, factor in zip(layer.parents, factors, strict=True)]
         expected[name] = rows
     return expected
+
+
+def _times(number: int, factor: float) -> int | None:
+    """The fingerprint of rows that were multiplied: itself, that of zeros, or unknown."""
+    return number if factor == 1.0 else 0 if factor == 0.0 else None
 
 
 def verify_expansion(
@@ -59,7 +59,6 @@ def verify_expansion(
     after: Fingerprints,
     plan: ExpansionPlan,
     experts: Mapping[str, Mapping[str, Any]],
-    reset: Collection[str] = (),
 ) -> int:
     """Compare the state before and after an expansion.
 
@@ -68,7 +67,6 @@ def verify_expansion(
         after: fingerprints of the larger stage.
         plan: the expansion; parents in any order.
         experts: keys with an expert axis (`model.sharded_state.expert_keys`).
-        reset: names (`exp_avg/<key>`) of moments whose replicas start from zero.
 
     Returns:
         How many numbers were compared.
@@ -76,7 +74,7 @@ def verify_expansion(
     Raises:
         ExpansionError: naming the first tensor, and expert, that is not what the plan says.
     """
-    expected = expected_after(before, plan, experts, reset)
+    expected = expected_after(before, plan, experts)
     for name, numbers in expected.items():
         found = after.get(name)
         if found is None:
@@ -85,9 +83,9 @@ def verify_expansion(
         if not all(same) or len(found) != len(numbers):
             expert = same.index(False) if False in same else min(len(found), len(numbers))
             what = f"expert {expert} of {name}" if len(numbers) > 1 else name
-            replica = name in reset and expert in plan.layer(experts[name.split("/", 1)[1]]["layer"]).replicas()
+            zero = expert < len(numbers) and numbers[expert] == 0
             raise ExpansionError(
-                f"after the expansion {what} {'is not zero' if replica else 'differs from its parent'}; {_REMEDY}"
+                f"after the expansion {what} {'is not zero' if zero else 'differs from its parent'}; {_REMEDY}"
             )
     for name in after:
         if name not in before:

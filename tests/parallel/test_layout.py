@@ -66,14 +66,14 @@ def _rounds(number: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[
 
 def test_changing_the_layout_leaks_nothing() -> None:
     """Four changes a round: after each round as many descriptors and threads as after the first, mcore works throughout."""
-    for held, before, after, norms in run_distributed(_rounds, 4, 3):
+    for held, before, after, norms in run_distributed(_rounds, 4, 2):
         for descriptors, threads in held[1:]:
             assert descriptors <= held[0][0] and threads <= held[0][1], held
         # The descriptors of the groups themselves go as well.
         assert before[0] < held[0][0] and after[0] < held[0][0], (before, held, after)
         assert all(norm > 0 for norm in norms)
         # The same layout, seed and data: the same step, whatever lay between.
-        assert norms[4] == norms[8] == norms[12] == norms[0]
+        assert norms[4] == norms[8] == norms[0]
 
 
 def _groups(configs: list[dict[str, int]]) -> list[tuple[int, ...]]:

@@ -248,3 +248,26 @@ def test_four_switches_in_a_row_leak_nothing(corpus: Path, tmp_path: Path) -> No
             assert later["threads"] <= earlier["threads"], json.dumps(counts)
             # Small tensors come and go (logged losses, generator states); a stage left behind is megabytes.
             assert abs(later["tensor_bytes"] - earlier["tensor_bytes"]) < 64 << 10, json.dumps(counts)
+
+
+@pytest.mark.parametrize("rule", ["reset", "scale", "reset_momentum, optimizer_scope: family"])
+def test_optimizer_rules_on_both_paths_and_across_a_resume(rule: str, corpus: Path, tmp_path: Path) -> None:
+    """Reset or scaled moments, rates of their own and a re-warm-up: the same bits live, through the disk, and resumed."""
+    grow = f"{_TWICE}, optimizer_rule: {rule}, rewarm_steps: 2, router_lr_multiplier: 0.5, lr_multiplier_steps: 2"
+    base = [*SMALL, "run.steps=5", "parallel.expert=2", _stages(grow), f"data.corpus={corpus}"]
+    live, disk, parts = (f"run.dir={tmp_path / name}" for name in ("live", "disk", "parts"))
+    runs = [[*base, live, "upcycle.save_after=true"], [*base, disk, "upcycle.path=checkpoint"]]
+    runs += [[*base, parts, "run.stop_at_step=3"], [*base, parts]]
+    run_distributed(train_in_turn, 2, runs)
+    ends = [tensor_digests(list_checkpoints(tmp_path / name)[-1]) for name in ("live", "disk", "parts")]
+    assert ends[0] == ends[1] == ends[2]
+    assert tensor_digests(tmp_path / "live" / "checkpoints" / _STAGE) == tensor_digests(
+        tmp_path / "disk" / "checkpoints" / _STAGE
+    )
+    manifests = [read_manifest(list_checkpoints(tmp_path / name)[-1]) for name in ("live", "disk", "parts")]
+    assert manifests[0].ages == manifests[1].ages == manifests[2].ages != {}
+    rates = [m["learning_rate"] for m in metrics(tmp_path / "live").values()]
+    plain = [m["learning_rate"] for m in metrics(tmp_path / "parts").values()]
+    assert rates == plain
+    # Steps 3 and 4 at a third and two thirds of the schedule's rate, step 5 at all of it.
+    assert rates[2] / rates[1] < 0.5 < rates[3] / rates[1] < 1

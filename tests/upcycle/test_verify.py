@@ -101,9 +101,9 @@ def test_parents_come_in_any_order() -> None:
 
 def test_what_was_reset_must_be_zero_in_replicas_and_nowhere_else() -> None:
     after = {k: _spread(v) if len(v) > 1 else v for k, v in _BEFORE.items()} | {"weight/bias": [9, 0, 8, 0, 0]}
-    after["exp_avg/w"] = [9, 0, 7, 0, 0]
-    reset = ["exp_avg/w"]
-    assert verify_expansion(_BEFORE, after, _SPREAD, _EXPERTS, reset) == 4 * 11 + 2
+    after |= {"exp_avg/w": [9, 0, 7, 0, 0], "exp_avg/router": [6, 0, 5, 0, 0]}
+    plan = dataclasses.replace(_SPREAD, optimizer_rule="reset_momentum")
+    assert verify_expansion(_BEFORE, after, plan, _EXPERTS) == 4 * 11 + 2
     with pytest.raises(ExpansionError, match="expert 1 of exp_avg/w differs from its parent"):
         verify_expansion(_BEFORE, after, _SPREAD, _EXPERTS)
     for row, message in (
@@ -113,13 +113,19 @@ def test_what_was_reset_must_be_zero_in_replicas_and_nowhere_else() -> None:
         wrong = list(after["exp_avg/w"])
         wrong[row] = 5
         with pytest.raises(ExpansionError, match=message):
-            verify_expansion(_BEFORE, {**after, "exp_avg/w": wrong}, _SPREAD, _EXPERTS, reset)
+            verify_expansion(_BEFORE, {**after, "exp_avg/w": wrong}, plan, _EXPERTS)
     gone = {k: v for k, v in after.items() if k != "exp_avg/w"}
     with pytest.raises(ExpansionError, match="exp_avg/w is gone"):
-        verify_expansion(_BEFORE, gone, _SPREAD, _EXPERTS, reset)
+        verify_expansion(_BEFORE, gone, plan, _EXPERTS)
 
 
-@pytest.mark.parametrize("name", ["exp_avg/dense", "weight/w", "exp_avg/none"])
-def test_a_reset_record_of_what_cannot_be_reset_is_refused(name: str) -> None:
-    with pytest.raises(ExpansionError, match=f"the reset record names {name}"):
-        verify_expansion(_BEFORE, _AFTER, _PLAN, _EXPERTS, [name])
+def test_scaled_moments_are_not_compared_and_a_reset_of_all_reaches_dense_ones() -> None:
+    after = {k: _spread(v) if len(v) > 1 else v for k, v in _BEFORE.items()} | {"weight/bias": [9, 0, 8, 0, 0]}
+    scaled = dataclasses.replace(_SPREAD, optimizer_rule="scale")
+    # Three replicas in two tensors and two moments.
+    assert verify_expansion(_BEFORE, after | {"exp_avg/w": [9, 1, 7, 2, 3]}, scaled, _EXPERTS) == 4 * 11 + 2 - 12
+    zeros = {k: [0] * len(v) for k, v in after.items() if k.startswith("exp_")}
+    everything = dataclasses.replace(_SPREAD, optimizer_rule="reset", optimizer_scope="all")
+    assert verify_expansion(_BEFORE, after | zeros, everything, _EXPERTS) == 4 * 11 + 2
+    with pytest.raises(ExpansionError, match="exp_avg/dense is not zero"):
+        verify_expansion(_BEFORE, after | zeros | {"exp_avg/dense": [8]}, everything, _EXPERTS)
