@@ -64,8 +64,20 @@ def expand(run: "Run") -> None:
 def _announce(
     run: "Run", plan: ExpansionPlan, clock: Clock, before_loss: float | None, moved: Redistribution | None
 ) -> None:
-    """Evaluate again, and tell what happened."""
+    """Evaluate again, and tell what happened.
+
+    Raises:
+        ExpansionError: if exact mode did not keep the loss.
+    """
     after_loss = run.evaluate()
+    if plan.mode == "exact" and before_loss is not None and after_loss is not None:
+        # Rounding alone: the same tokens meet copies of the same weights.
+        allowed = before_loss * (1e-3 if run.settings.run.precision == "bf16" else 1e-5)
+        if abs(after_loss - before_loss) > allowed:
+            raise ExpansionError(
+                f"after the expansion in exact mode the validation loss went from {before_loss} to {after_loss}; the stage "
+                "before it is kept in its checkpoint"
+            )
     pause = sum(clock.seconds.values())
     grown = plan.experts_after > plan.experts_before
     run.event(

@@ -137,6 +137,11 @@ class Persistence:
                     f"{path} went on with {plan['experts_after']} after step {plan['step']}: past expansions cannot be "
                     "changed"
                 )
+            if plan["experts_after"] > plan["experts_before"] and plan.get("mode", "plain") != stages[i].mode:
+                raise ConfigError(
+                    f"upcycle.stages[{i}].mode={stages[i].mode}, but checkpoint {path} was expanded with "
+                    f"mode={plan.get('mode', 'plain')}: past expansions cannot be changed"
+                )
         for i in range(manifest.stage, len(stages)):
             if stages[i].at_step < manifest.step:
                 raise ConfigError(

@@ -15,6 +15,7 @@ import torch
 
 from model.build import count_parameters, experts_kind, transformer_config
 from model.divergence import sibling_divergence
+from model.family_routing import set_release
 from model.load import load_figures
 from parallel.compat import versions
 from parallel.errors import ConfigError, CoppiceError, DataError
@@ -87,7 +88,7 @@ class Run:
             if layout.rank == 0:
                 run.files.prepare()
         layout = run.enter_layout(number)
-        run.stage = build_stage(settings, number, layout, run.vocab_size)
+        run.stage = build_stage(settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
         run._open_data(manifest)
         if manifest and source:
             run.persistence.load(source, manifest)
@@ -227,7 +228,7 @@ class Run:
         """Train one step and record it; True if any rank was asked to stop."""
         began = time.perf_counter()
         batches = self.data.train(self.samples)
-        learning_rate = self.stage.optimizer.param_groups[0]["lr"]
+        learning_rate, released = self.stage.optimizer.param_groups[0]["lr"], self._let_go()
         loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
         flags = torch.tensor([stop.name is not None, self._unwritten is not None], device=loss.device)
@@ -235,7 +236,7 @@ class Run:
         self.step += 1
         self.samples += self.settings.data.global_batch_size
         mean = total / (self.data.micro_batches * self.layout.data_size)
-        self._record(mean, grad_norm, learning_rate, time.perf_counter() - began, share_LE)
+        self._record(mean, grad_norm, learning_rate, released, time.perf_counter() - began, share_LE)
         if failed:
             raise self._unwritten or _quiet(DataError("run.dir cannot be written on rank 0"))
         if not (math.isfinite(mean) and math.isfinite(grad_norm)):
@@ -245,8 +246,20 @@ class Run:
             )
         return stopping > 0
 
+    def _let_go(self) -> float:
+        """Set how far the model has let go of family routing at this step; 1 is plain top-K."""
+        fraction = self.settings.upcycle.release_fraction(self.stage.number, self.step)
+        set_release(self.stage.chunks, fraction)
+        return fraction
+
     def _record(
-        self, loss: float, grad_norm: float, learning_rate: float, seconds: float, share_LE: torch.Tensor
+        self,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        released: float,
+        seconds: float,
+        share_LE: torch.Tensor,
     ) -> None:
         tokens = self.settings.data.global_batch_size * self.settings.data.sequence_length
         record: dict[str, Any] = {
@@ -257,6 +270,7 @@ class Run:
             "lm_loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
+            "released": released,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             **load_figures(share_LE),
@@ -294,6 +308,7 @@ class Run:
         if self._evaluated and self._evaluated[:2] == (self.step, self.stage.number):
             return self._evaluated[2]
         config = self.settings.evaluation
+        self._let_go()
         loss = evaluate(self.stage, self.layout, self.data, config.batches)
         # The copies that there are: those of the last expansion, whatever layouts came after it.
         grown = [plan for plan in self.plans if plan["experts_after"] > plan["experts_before"]]

@@ -4,6 +4,7 @@
 next. What outlives stages (data, files, trackers) lives in `train/run.py`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from model.build import MoEPart, build_chunks, moe_parts
+from model.family_routing import install_family_routing
 from model.load import ExpertLoad
 from parallel.compat import forget_models
 from parallel.layout import Layout
@@ -86,7 +88,15 @@ class Stage:
         forget_models()
 
 
-def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: int, *, blank: bool = False) -> Stage:
+def build_stage(
+    settings: RunSettings,
+    number: int,
+    layout: Layout,
+    vocab_size: int,
+    plans: Sequence[Mapping[str, Any]] = (),
+    *,
+    blank: bool = False,
+) -> Stage:
     """Build the model, DDP buffers, optimizer and schedule of stage `number`, freshly initialised.
 
     Args:
@@ -94,6 +104,7 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         number: which stage.
         layout: its process groups.
         vocab_size: tokens of the tokenizer.
+        plans: of the stages up to this one, as dicts; the last expansion's families route together in exact mode.
         blank: leave weights and masters unset, to be filled from another stage; no rank talks to another then.
 
     Raises:
@@ -111,6 +122,9 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         precision=settings.run.precision,
         initialise=not blank,
     )
+    families = families_of(plans)
+    if families:
+        install_family_routing(chunks, families)
     config = chunks[0].config
     options = settings.optimizer
     if blank and options.distributed:
@@ -161,6 +175,14 @@ def build_stage(settings: RunSettings, number: int, layout: Layout, vocab_size: 
         scheduler=build_scheduler(settings, optimizer, number),
         load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
     )
+
+
+def families_of(plans: Sequence[Mapping[str, Any]]) -> dict[int, list[int]] | None:
+    """Parents [M] per layer number if the last expansion was made in exact mode; its release may be over."""
+    grown = [plan for plan in plans if plan["experts_after"] > plan["experts_before"]]
+    if not grown or grown[-1].get("mode", "plain") == "plain":
+        return None
+    return {layer["layer"]: layer["parents"] for layer in grown[-1]["layers"]}
 
 
 def _let_go_of_weights(chunks: list[GPTModel]) -> None:

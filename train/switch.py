@@ -93,12 +93,12 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         # The order keeps the peak low: first everything goes that the new stage does not need, and the new stage has no
         # gradients until the old one is gone.
         run.stage.release_gradients()
-        number = run.stage.number + 1
+        number, plans = run.stage.number + 1, [*run.plans, plan.to_dict()]
         run.stage.release()
         gc.collect()
         layout = run.enter_layout(number)
         with layout.together("building the next stage"):
-            run.stage = build_stage(run.settings, number, layout, run.vocab_size, blank=True)
+            run.stage = build_stage(run.settings, number, layout, run.vocab_size, plans, blank=True)
             run.stage.release_gradients()
             new = describe_stage(run.stage.chunks, run.stage.optimizer, layout, moments=moments)
     with clock.act("move"):
@@ -114,7 +114,7 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
     with clock.act("verify"):
         found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
         verify_expansion(before, found, plan, experts)
-    run.plans.append(plan.to_dict())
+    run.plans = plans
     _let_age(run, plan, step)
     return moved
 
@@ -152,7 +152,7 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
     experts = old.experts
     carried = _Carried.of(run)
     needed = persistence.needed_bytes(plan.experts_after / plan.experts_before)
-    number = run.stage.number + 1
+    number, plans = run.stage.number + 1, [*run.plans, plan.to_dict()]
     # Filled once the new stage stands; published with it.
     manifest = Manifest(**vars(old))
 
@@ -163,7 +163,7 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
             run.stage.release()
             gc.collect()
             layout = run.enter_layout(number)
-            run.stage = build_stage(run.settings, number, layout, run.vocab_size)
+            run.stage = build_stage(run.settings, number, layout, run.vocab_size, plans)
         with clock.act("load"):
             persistence.load_stage(staging / "tensors", old.optimizer_step)
             carried.give(run)
@@ -172,7 +172,7 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
         with clock.act("verify"):
             found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
             verify_expansion(old.fingerprints, found, plan, experts)
-        run.plans.append(plan.to_dict())
+        run.plans = plans
         _let_age(run, plan, old.optimizer_step)
         manifest.ages = run.ages.to_dict()
         manifest.stage, manifest.num_experts = number, plan.experts_after

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 
 from model.config import ModelConfig, divides, one_of, positive
+from model.release import SHAPES, ReleaseSchedule
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 
@@ -12,6 +13,9 @@ OPTIMIZER_RULES = ("copy", "reset", "reset_momentum", "scale")
 OPTIMIZER_SCOPES = ("replicas", "family", "all")
 PLACEMENTS = ("near", "spread", "auto")
 PATHS = ("live", "checkpoint")
+MODES = ("plain", "exact")
+# Half-width of the noise on replicas' selection bias in plain mode (arXiv 2604.19835, Definition 3.1).
+BIAS_NOISE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,22 @@ class StageConfig:
     optimizer_scale: float | None = None
     # Steps over which the whole learning rate rises from near zero again after the switch.
     rewarm_steps: int = 0
-    # Factors on the learning rate of router rows and of replicas right after the switch, moving back to 1.
+    # Factor on the learning rate of all router rows right after the switch, moving back to 1.
     router_lr_multiplier: float = 1.0
+    # The same for the weights of replicas.
     replica_lr_multiplier: float = 1.0
     # Steps until both multipliers are 1 again.
     lr_multiplier_steps: int = 0
-    # Half-width of the uniform noise on the selection bias of replicas, which lets balancing tell them apart.
-    bias_noise: float = 1e-3
+    # plain routes over all experts at once; exact keeps the function by routing over families, then lets go of them.
+    mode: str = "plain"
+    # Under exact: steps of pure family routing after the switch.
+    release_hold_steps: int = 0
+    # Under exact: steps after those until routing is plain.
+    release_steps: int = 1000
+    # Under exact: how the release goes, linear or cosine.
+    release_shape: str = "cosine"
+    # Half-width of the uniform noise on the selection bias of replicas; null is 0.001 in plain mode and 0 in exact mode.
+    bias_noise: float | None = None
     # Where replicas go: near their parent, spread over expert-parallel ranks by load, or auto (least traffic under a bound).
     placement: str = "near"
     # Under auto: bound on the expected load of the busiest expert-parallel rank over the mean.
@@ -181,6 +194,9 @@ class StageConfig:
         positive(f"{key}.temperature", self.temperature)
         positive(f"{key}.scoring_batches", self.scoring_batches)
         positive(f"{key}.bias_noise", self.bias_noise, zero=True)
+        one_of(f"{key}.mode", self.mode, MODES)
+        if self.mode == "exact":
+            self._check_exact(key)
         one_of(f"{key}.placement", self.placement, PLACEMENTS)
         if self.max_load_imbalance < 1:
             raise ConfigError(
@@ -196,6 +212,35 @@ class StageConfig:
                     raise ConfigError(
                         f"{key}.{name}={value} needs more experts: add factor or num_experts, or drop {key}.{name}"
                     )
+
+    def _check_exact(self, key: str) -> None:
+        if not self.grows():
+            raise ConfigError(f"{key}.mode=exact needs more experts: add factor or num_experts, or drop {key}.mode")
+        if self.bias_noise:
+            raise ConfigError(
+                f"{key}.bias_noise={self.bias_noise} would change the function in {key}.mode=exact, where position tells "
+                f"copies apart: drop {key}.bias_noise"
+            )
+        positive(f"{key}.release_steps", self.release_steps)
+        positive(f"{key}.release_hold_steps", self.release_hold_steps, zero=True)
+        one_of(f"{key}.release_shape", self.release_shape, SHAPES)
+
+    def noise(self) -> float:
+        """Half-width of the noise on the selection bias of replicas."""
+        if self.bias_noise is not None:
+            return self.bias_noise
+        return BIAS_NOISE if self.mode == "plain" else 0.0
+
+    def released_at(self) -> int:
+        """The first step that routes over all experts plainly; `at_step` in plain mode."""
+        return self.at_step + (self.release_hold_steps + self.release_steps if self.mode == "exact" else 0)
+
+    def release_fraction(self, step: int) -> float:
+        """How far family routing is let go for the step after `step`; 1 is plain top-K."""
+        if self.mode == "plain":
+            return 1.0
+        schedule = ReleaseSchedule(self.release_steps, self.release_shape, self.release_hold_steps)
+        return schedule.fraction(step - self.at_step)
 
     def rule(self) -> OptimizerRule:
         """What happens to optimizer state."""
@@ -227,6 +272,13 @@ class UpcycleConfig:
     # Staging memory of the live path per rank and direction, in MiB.
     transfer_chunk_mib: int = 64
 
+    def release_fraction(self, number: int, step: int) -> float:
+        """How far stage `number` has let go of family routing after `step`; 1 is plain top-K, as before any expansion."""
+        for stage in reversed(self.stages[:number]):
+            if stage.grows():
+                return stage.release_fraction(step)
+        return 1.0
+
     def layouts(self, base: ParallelConfig) -> list[ParallelConfig]:
         """The parallel layout of every stage, the first included; changes accumulate.
 
@@ -256,6 +308,7 @@ class UpcycleConfig:
         one_of("upcycle.path", self.path, PATHS)
         positive("upcycle.transfer_chunk_mib", self.transfer_chunk_mib)
         before, last, decided = model.num_experts, 0, "parallel.expert"
+        released = 0
         for i, stage in enumerate(self.stages):
             key = f"upcycle.stages[{i}]"
             stage.check(key)
@@ -271,6 +324,12 @@ class UpcycleConfig:
                     "expand earlier or raise run.steps"
                 )
             after = stage.target(before)
+            if stage.grows() and stage.at_step < released:
+                raise ConfigError(
+                    f"{key}.at_step={stage.at_step} comes before routing over families has ended (step {released}): "
+                    "expand later, or shorten the release of the stage before"
+                )
+            released = max(released, stage.released_at())
             if stage.grows():
                 self._check_target(key, stage, before, after, model, decided, parallel.expert)
             elif parallel.expert > 1 and after % parallel.expert:
@@ -310,12 +369,18 @@ class UpcycleConfig:
                 f"{key}.max_extra_copies={stage.max_extra_copies} is too small for {before} -> {after} experts: "
                 f"use {key}.max_extra_copies={need} or more"
             )
+        if stage.mode == "exact":
+            if model.balancing == "sinkhorn":
+                raise ConfigError(
+                    f"{key}.mode=exact has no families under model.balancing=sinkhorn: use {key}.mode=plain"
+                )
+            return
         if model.balancing != "loss_free":
             raise ConfigError(
-                f"{key} needs model.balancing=loss_free, not {model.balancing}: exact copies get the same tokens "
-                "unless a selection bias tells them apart (docs/upcycling.md)"
+                f"{key}.mode=plain needs model.balancing=loss_free, not {model.balancing}: exact copies get the same "
+                f"tokens unless a selection bias tells them apart: use {key}.mode=exact (docs/exact-mode.md)"
             )
-        if stage.bias_noise == 0 and model.bias_update_rate == 0:
+        if stage.noise() == 0 and model.bias_update_rate == 0:
             raise ConfigError(
                 f"{key}.bias_noise=0 with model.bias_update_rate=0 leaves copies identical for ever: raise one of them"
             )

@@ -87,6 +87,7 @@ class ExpansionPlan:
         optimizer_rule: what happens to optimizer state.
         optimizer_scope: of which experts.
         optimizer_scale: factor of the rule `scale`; None for the default.
+        mode: plain, or exact (family routing until its release).
         bias_noise: half-width of the noise on the replicas' selection bias.
         seed: root seed of the run.
     """
@@ -103,6 +104,7 @@ class ExpansionPlan:
     seed: int = 0
     optimizer_scope: str = "replicas"
     optimizer_scale: float | None = None
+    mode: str = "plain"
 
     @property
     def rule(self) -> OptimizerRule:
@@ -291,7 +293,8 @@ def plan_expansion(
         optimizer_rule=rules.optimizer_rule,
         optimizer_scope=rules.optimizer_scope,
         optimizer_scale=rules.optimizer_scale,
-        bias_noise=rules.bias_noise,
+        bias_noise=rules.noise(),
+        mode=rules.mode,
         seed=seed,
     )
 
