@@ -5,7 +5,7 @@
 Old and new read the same tensors in turn; with two threads, torch shares out every operation of the old formula and
 Coppice the tensors. Told are gigabytes of state per second of wall time (the best of the repeats:
 anything else that runs can only slow a pass down), and on CPU per second of processor time, which holds on a busy machine
-too. Beside them the speed of a plain sum of 64-bit words, which is what memory and caches give.
+too: the ratio is of those. Beside them the speed of a plain sum of 64-bit words, which is what memory and caches give.
 Writes benchmarks/results/fingerprints.json (one file; a run on CUDA writes fingerprints_cuda.json).
 """
 
@@ -91,7 +91,8 @@ def measure(name: str, dtype: torch.dtype, device: str, repeats: int, functions:
         row[f"{which}_gb_per_second"] = gigabytes / wall
         if device == "cpu":
             row[f"{which}_gb_per_processor_second"] = gigabytes / cpu
-    row["ratio"] = row["new_gb_per_second"] / row["old_gb_per_second"]
+    clock = "processor_second" if device == "cpu" else "second"
+    row["ratio"] = row[f"new_gb_per_{clock}"] / row[f"old_gb_per_{clock}"]
     return row
 
 
@@ -124,11 +125,12 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 row = {"threads": threads} | measure(name, dtype, options.device, options.repeats, functions)
                 rows.append(row)
-                per_core = row.get("new_gb_per_processor_second")
-                print(f"{threads} threads, {name}, {row['dtype']}: old {row['old_gb_per_second']:.2f}, new "
-                      f"{row['new_gb_per_second']:.2f} GB/s, ratio {row['ratio']:.1f}; plain sum "
-                      f"{row['plain_gb_per_second']:.1f}"
-                      + (f"; new per processor second {per_core:.2f}" if per_core else ""), flush=True)  # fmt: skip
+                text = ", ".join(f"{x} {row[f'{x}_gb_per_second']:.2f}" for x in functions)
+                if options.device == "cpu":
+                    text += "; per processor second " + ", ".join(
+                        f"{x} {row[f'{x}_gb_per_processor_second']:.2f}" for x in functions
+                    )
+                print(f"{threads} threads, {name}, {row['dtype']}: GB/s {text}; ratio {row['ratio']:.1f}", flush=True)
     result = {"machine": _machine(options.device), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
               "load_average": os.getloadavg()[0], "repeats": options.repeats, "rows": rows}  # fmt: skip
     _RESULTS.mkdir(exist_ok=True)

@@ -122,12 +122,21 @@ def rank_main(options: argparse.Namespace, mode: str, folder: Path) -> None:
 
 def _launch(options: argparse.Namespace, mode: str, folder: Path) -> dict[str, Any]:
     began = time.time()
+    names = {"COPPICE_BENCH_DIR": str(folder), "COPPICE_BENCH_MODE": mode}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(options.processes),
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes),
-         __file__, *sys.argv[1:]],
-        env={"OMP_NUM_THREADS": "1", **os.environ, "COPPICE_BENCH_DIR": str(folder), "COPPICE_BENCH_MODE": mode},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [*command, __file__, *sys.argv[1:]],
+        env={"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", **os.environ, **names},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     if done.returncode or not lines:
         raise SystemExit(f"{mode} failed:\n{done.stdout}")

@@ -75,8 +75,8 @@ def _announce(
         allowed = before_loss * (1e-3 if run.settings.run.precision == "bf16" else 1e-5)
         if abs(after_loss - before_loss) > allowed:
             raise ExpansionError(
-                f"after the expansion in exact mode the validation loss went from {before_loss} to {after_loss}; the stage "
-                "before it is kept in its checkpoint"
+                f"after the expansion in exact mode the validation loss went from {before_loss} to {after_loss}: start "
+                "the job again: it resumes from its newest checkpoint"
             )
     pause = sum(clock.seconds.values())
     grown = plan.experts_after > plan.experts_before

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from model.fingerprint import take_fingerprints
 from model.holdings import describe_stage
 from model.sharded_state import expert_keys
+from parallel.errors import ExpansionError
 from parallel.layout import Layout
 from parallel.optimizer_state import get_step, has_moments, set_step
 from parallel.redistribute import Redistribution
@@ -67,6 +70,23 @@ class _Carried:
             run.seed_streams()
 
 
+@contextlib.contextmanager
+def _out_of_memory_explained(what: str) -> Iterator[None]:
+    """Turn a rank's lack of memory into an error that names the remedy.
+
+    Raises:
+        ExpansionError: instead of what torch or Python raises then.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        raise ExpansionError(
+            f"{what} ran out of memory ({str(e).splitlines()[0] if str(e) else 'no details'}): start the job again, it "
+            "resumes from its newest checkpoint; lower upcycle.transfer_chunk_mib, or give the stage a larger "
+            "parallel.expert"
+        ) from e
+
+
 def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: Clock) -> Redistribution:
     """Replace the stage of a run by the next one, moving its state in memory and freeing the old as the new one fills.
 
@@ -97,20 +117,22 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         run.stage.release()
         gc.collect()
         layout = run.enter_layout(number)
-        with layout.together("building the next stage"):
+        with layout.together("building the next stage"), _out_of_memory_explained("building the next stage"):
             run.stage = build_stage(run.settings, number, layout, run.vocab_size, plans, blank=True)
             run.stage.release_gradients()
             new = describe_stage(run.stage.chunks, run.stage.optimizer, layout, moments=moments)
     with clock.act("move"):
         old.free_as_it_goes()
         chunk_bytes = run.settings.upcycle.transfer_chunk_mib << 20
-        moved = move_state(old, new, plan, experts, layout, chunk_bytes=chunk_bytes)
+        with _out_of_memory_explained("moving the training state"):
+            moved = move_state(old, new, plan, experts, layout, chunk_bytes=chunk_bytes)
         del old
-        add_bias_noise(run.stage.chunks, plan)
-        set_step(run.stage.optimizer, step)
-        apply_rule(plan, plan.rule, run.stage.chunks, run.stage.optimizer, layout)
-        run.stage.restore_gradients()
-        carried.give(run)
+        with layout.together("completing the next stage"), _out_of_memory_explained("completing the next stage"):
+            add_bias_noise(run.stage.chunks, plan)
+            set_step(run.stage.optimizer, step)
+            apply_rule(plan, plan.rule, run.stage.chunks, run.stage.optimizer, layout)
+            run.stage.restore_gradients()
+            carried.give(run)
     with clock.act("verify"):
         found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
         verify_expansion(before, found, plan, experts)

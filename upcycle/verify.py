@@ -15,7 +15,7 @@ from parallel.optimizer_state import MOMENTS
 from upcycle.optimizer_rules import other_factors, row_factors
 from upcycle.plan import ExpansionPlan
 
-_REMEDY = "the stage before it is kept in its checkpoint"
+_REMEDY = "start the job again: it resumes from its newest checkpoint"
 
 
 def expected_after(

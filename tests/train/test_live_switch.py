@@ -161,7 +161,7 @@ def test_a_rank_that_fails_in_the_middle(act: str, corpus: Path, tmp_path: Path)
     base = [*SMALL, "run.steps=4", _stages(_TWICE + ", parallel: {expert: 4}"), "parallel.expert=2",
             f"data.corpus={corpus}"]  # fmt: skip
     broken, whole = f"run.dir={tmp_path / 'broken'}", f"run.dir={tmp_path / 'whole'}"
-    with pytest.raises((CoppiceError, MemoryError), match="injected: no memory left"):
+    with pytest.raises(CoppiceError, match="injected: no memory left"):
         run_distributed(_train_and_break, 4, [[*base, broken]], 2, act, timeout=60)
     assert [p.name for p in list_checkpoints(tmp_path / "broken")] == ["step-00000002"]
     run_distributed(train_in_turn, 4, [[*base, broken], [*base, whole]])
