@@ -85,6 +85,8 @@ _UNITS = {
     "upcycle.stages[].bias_noise": "score",
     "upcycle.stages[].temperature": "-",
     "upcycle.stages[].optimizer_scale": "-",
+    "upcycle.stages[].bias_rate_multiplier": "-",
+    "upcycle.stages[].bias_rate_steps": "steps",
     "upcycle.stages[].rewarm_steps": "steps",
     "upcycle.stages[].router_lr_multiplier": "-",
     "upcycle.stages[].replica_lr_multiplier": "-",

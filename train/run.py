@@ -229,6 +229,11 @@ class Run:
         began = time.perf_counter()
         batches = self.data.train(self.samples)
         learning_rate, released = self.stage.optimizer.param_groups[0]["lr"], self._let_go()
+        rate = self.settings.model.bias_update_rate
+        # mcore reads it from the model's configuration when it moves the biases at the end of a step.
+        self.stage.chunks[0].config.moe_router_bias_update_rate = rate * self.settings.upcycle.bias_rate_factor(
+            self.stage.number, self.step
+        )
         loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
         flags = torch.tensor([stop.name is not None, self._unwritten is not None], device=loss.device)

@@ -157,6 +157,10 @@ class StageConfig:
     release_shape: str = "cosine"
     # Half-width of the uniform noise on the selection bias of replicas; null is 0.001 in plain mode and 0 in exact mode.
     bias_noise: float | None = None
+    # Factor on model.bias_update_rate right after the switch, so that balancing finds the replicas' new shares faster.
+    bias_rate_multiplier: float = 1.0
+    # Steps until that factor is 1 again, falling linearly.
+    bias_rate_steps: int = 0
     # Where replicas go: near their parent, spread over expert-parallel ranks by load, or auto (least traffic under a bound).
     placement: str = "near"
     # Under auto: bound on the expected load of the busiest expert-parallel rank over the mean.
@@ -194,6 +198,13 @@ class StageConfig:
         positive(f"{key}.temperature", self.temperature)
         positive(f"{key}.scoring_batches", self.scoring_batches)
         positive(f"{key}.bias_noise", self.bias_noise, zero=True)
+        positive(f"{key}.bias_rate_multiplier", self.bias_rate_multiplier)
+        positive(f"{key}.bias_rate_steps", self.bias_rate_steps, zero=True)
+        if self.bias_rate_multiplier != 1 and not self.bias_rate_steps:
+            raise ConfigError(
+                f"{key}.bias_rate_multiplier={self.bias_rate_multiplier} has no effect with {key}.bias_rate_steps=0: say "
+                "for how many steps"
+            )
         one_of(f"{key}.mode", self.mode, MODES)
         if self.mode == "exact":
             self._check_exact(key)
@@ -278,6 +289,14 @@ class UpcycleConfig:
             if stage.grows():
                 return stage.release_fraction(step)
         return 1.0
+
+    def bias_rate_factor(self, number: int, step: int) -> float:
+        """Factor on the selection bias's update rate in stage `number` for the step after `step`."""
+        if number == 0:
+            return 1.0
+        stage = self.stages[number - 1]
+        left = max(0.0, 1 - (step - stage.at_step) / stage.bias_rate_steps) if stage.bias_rate_steps else 0.0
+        return 1.0 + (stage.bias_rate_multiplier - 1.0) * left
 
     def layouts(self, base: ParallelConfig) -> list[ParallelConfig]:
         """The parallel layout of every stage, the first included; changes accumulate.

@@ -254,6 +254,7 @@ def test_four_switches_in_a_row_leak_nothing(corpus: Path, tmp_path: Path) -> No
 def test_optimizer_rules_on_both_paths_and_across_a_resume(rule: str, corpus: Path, tmp_path: Path) -> None:
     """Reset or scaled moments, rates of their own and a re-warm-up: the same bits live, through the disk, and resumed."""
     grow = f"{_TWICE}, optimizer_rule: {rule}, rewarm_steps: 2, router_lr_multiplier: 0.5, lr_multiplier_steps: 2"
+    grow += ", bias_rate_multiplier: 4, bias_rate_steps: 3"
     base = [*SMALL, "run.steps=5", "parallel.expert=2", _stages(grow), f"data.corpus={corpus}"]
     live, disk, parts = (f"run.dir={tmp_path / name}" for name in ("live", "disk", "parts"))
     runs = [[*base, live, "upcycle.save_after=true"], [*base, disk, "upcycle.path=checkpoint"]]

@@ -62,3 +62,12 @@ def test_a_target_that_only_the_new_layout_holds_is_accepted() -> None:
     """3 x 8 experts do not fit the 16 ranks before, but the 8 of the new stage."""
     stage = StageConfig(at_step=1, factor=3, parallel=StageParallel(expert=8))
     UpcycleConfig([stage]).check(ModelConfig(num_experts=16), ParallelConfig(expert=16), 100)
+
+
+def test_the_bias_rate_is_raised_for_a_window_and_falls_back_linearly() -> None:
+    stage = StageConfig(at_step=10, factor=2, bias_rate_multiplier=5.0, bias_rate_steps=4)
+    config = UpcycleConfig(stages=[stage])
+    assert [config.bias_rate_factor(1, step) for step in (10, 11, 12, 13, 14, 99)] == [5.0, 4.0, 3.0, 2.0, 1.0, 1.0]
+    assert config.bias_rate_factor(0, 5) == 1.0
+    with pytest.raises(ConfigError, match=r"s\.bias_rate_multiplier=2 has no effect with s\.bias_rate_steps=0"):
+        StageConfig(at_step=1, factor=2, bias_rate_multiplier=2).check("s")
