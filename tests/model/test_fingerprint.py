@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.fingerprint import tensor_sums
+from model.fingerprint import Part, sums_of, tensor_sums
 from parallel.errors import CheckpointError, ExpansionError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL
@@ -123,6 +123,19 @@ def test_changes_that_cancel_in_a_plain_sum_are_seen(dtype: torch.dtype) -> None
         traded = sorted(words.tolist()) == sorted(tensor.view(bits).tolist())
         assert torch.equal(tensor_sums(words.view(dtype), 0, 1000, 1), number) == traded, bit
     assert not torch.equal(tensor_sums(-tensor, 0, 1000, 1), number)
+
+
+def test_threads_share_the_tensors_out_and_leave_torch_as_it_was() -> None:
+    parts = [Part(_noise(5000, torch.float32, seed), seed, 1000, 6) for seed in range(9)]
+    expected = [tensor_sums(*part) for part in parts]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(sums_of(parts), expected, strict=True))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_memory_is_bounded() -> None:
