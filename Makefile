@@ -55,9 +55,13 @@ check: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup corpus  ## benchmarks/: step overhead and grouped experts, side by side
+bench: setup corpus  ## benchmarks/: every measured claim, side by side (about half an hour)
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/grouped_experts.py
+	$(BIN)/python benchmarks/fingerprints.py
+	$(BIN)/python benchmarks/family_routing.py
+	$(BIN)/python benchmarks/live_switch.py
+	$(BIN)/python benchmarks/simulated_switch.py
 
 report: setup  ## redraw RUN/report.html
 	$(BIN)/python -m train.report $(RUN)

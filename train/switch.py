@@ -103,7 +103,7 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         with run.layout.together("reading the checkpoint before the switch"):
             before = read_manifest(saved).fingerprints if saved else None
         if before is None:
-            before = take_fingerprints(run.stage.chunks, run.stage.optimizer, run.layout)
+            before = take_fingerprints(run.stage.chunks, run.stage.optimizer, run.layout, error=ExpansionError)
         carried = _Carried.of(run)
         experts = expert_keys(run.stage.chunks, run.layout)
         told = run.layout.gather_objects((get_step(run.stage.optimizer), has_moments(run.stage.optimizer)))
@@ -134,7 +134,7 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
             run.stage.restore_gradients()
             carried.give(run)
     with clock.act("verify"):
-        found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
+        found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout, error=ExpansionError)
         verify_expansion(before, found, plan, experts)
     run.plans = plans
     _let_age(run, plan, step)
@@ -192,7 +192,7 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
             with layout.together("saving generator states"):
                 random_state.save(staging / "rng", layout.rank)
         with clock.act("verify"):
-            found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout)
+            found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout, error=ExpansionError)
             verify_expansion(old.fingerprints, found, plan, experts)
         run.plans = plans
         _let_age(run, plan, old.optimizer_step)
