@@ -265,7 +265,16 @@ class Layout:
             yield
         except Exception as e:
             failure = e
-        told = self.gather_objects(None if failure is None else (type(failure).__name__, str(failure)))
+        try:
+            told = self.gather_objects(None if failure is None else (type(failure).__name__, str(failure)))
+        except (RuntimeError, dist.DistError) as e:
+            # A rank is gone. What this rank knows of its own says more than the lost connection.
+            if failure is not None:
+                raise failure from None
+            raise LaunchError(
+                f"{what}: another rank is gone ({str(e).splitlines()[0]}): start the job again; it resumes from its newest "
+                "checkpoint"
+            ) from None
         failed = [rank for rank, message in enumerate(told) if message is not None]
         if failure is not None:
             if isinstance(failure, CoppiceError):

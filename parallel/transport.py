@@ -48,7 +48,7 @@ class GroupTransport(Transport):
             peers = sorted(sends.keys() | receives.keys())
             raise ExpansionError(
                 f"moving the training state failed between rank {dist.get_rank()} and ranks {peers} "
-                f"({str(e).splitlines()[0]}): start the job again; it resumes from its newest checkpoint"
+                f"({str(e).splitlines()[0][:160]}): start the job again; it resumes from its newest checkpoint"
             ) from None
 
 
