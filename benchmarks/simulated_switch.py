@@ -10,6 +10,7 @@ are assumptions, not measurements: see docs/live-switch.md.
 
 import argparse
 import json
+import math
 import pickle
 import platform
 import random
@@ -125,7 +126,7 @@ def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str
     crossing = sum(n for (a, b), n in pairs.items() if a // options.ranks_per_node != b // options.ranks_per_node)
     state = sum(h.itemsize * box.numel for held in new.values() for h in held.values() for box in h.boxes)
     links = _seconds_of_links(pairs, options.ranks_per_node, options.nvlink_gbps, options.network_gbps)
-    parameters = sum(_numel(t.shape) for t in new_tensors)
+    parameters = sum(math.prod(t.shape) for t in new_tensors)
     return {
         "rule": rule,
         "placement": placement,
@@ -139,13 +140,6 @@ def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str
         "pairs": len(pairs),
         "predicted_seconds": links,
     }
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -88,7 +88,7 @@ def _announce(
         selection=dict(plan.selection),
         plan=str(_plan_file(run, plan).relative_to(run.files.run_dir)),
         path=run.settings.upcycle.path,
-        layout=run.layout.config.describe(run.layout.world_size),
+        layout=run.layout.describe(),
         moved_bytes=moved.sent if moved else None,
         least_bytes=moved.least if moved else None,
         valid_loss_before=before_loss,
@@ -147,10 +147,10 @@ def homes(experts: int, before: ParallelConfig, after: ParallelConfig, world_siz
     if (before.pipeline, before.chunks()) != (after.pipeline, after.chunks()):
         return None
     blocks = contiguous(experts, before.expert)
-    homes: list[set[int]] = [set(range(experts)) for _ in range(after.expert)]
+    held: list[set[int]] = [set(range(experts)) for _ in range(after.expert)]
     for rank in range(world_size):
-        homes[coordinates(rank, after, world_size).expert] &= set(blocks[coordinates(rank, before, world_size).expert])
-    return homes
+        held[coordinates(rank, after, world_size).expert] &= set(blocks[coordinates(rank, before, world_size).expert])
+    return held
 
 
 def _plan_file(run: "Run", plan: ExpansionPlan) -> Path:
@@ -163,21 +163,20 @@ def _measure(run: "Run", rules: StageConfig) -> tuple[Mapping[int, list[float]] 
     Loads are those of the batches that gradients are taken over, or of forward passes alone where only placement asks.
     """
     stage = run.stage
-    wants_gradients = rules.selection != "uniform" and rules.utility != "weight_norm"
+    scores: dict[int, list[float]] | None = None
+    if rules.selection != "uniform" and rules.utility == "weight_norm":
+        scores = weight_scores(stage.chunks, run.layout, stage.num_experts)
+    wants_gradients = rules.selection != "uniform" and scores is None
     if not wants_gradients and rules.placement == "near":
-        scores = None if rules.selection == "uniform" else weight_scores(stage.chunks, run.layout, stage.num_experts)
         return scores, None
     generators = random_state.capture()
     stage.load.reset()
-    scores = None
     if wants_gradients:
         scores = _gradient_scores(run, rules)
     else:
         # Nothing may change but the count of tokens: no gradients, and the routers' own counters are put back.
         with torch.no_grad(), restored_counters(stage.moe_parts()):
             _peek(run, rules.scoring_batches, forward_only=True)
-        if rules.selection != "uniform":
-            scores = weight_scores(stage.chunks, run.layout, stage.num_experts)
     share_LE = stage.load.take(run.layout)
     random_state.restore(generators)
     return scores, {number: row.tolist() for number, row in zip(stage.load.layer_numbers, share_LE, strict=True)}

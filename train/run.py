@@ -34,6 +34,7 @@ from train.signals import StopRequest
 from train.stage import Stage, build_stage
 from train.step import evaluate, optimizer_step
 from train.tracking import Tracker, open_tracker
+from upcycle.plan import last_growth
 
 
 def _quiet(error: CoppiceError) -> CoppiceError:
@@ -315,9 +316,8 @@ class Run:
         config = self.settings.evaluation
         self._let_go()
         loss = evaluate(self.stage, self.layout, self.data, config.batches)
-        # The copies that there are: those of the last expansion, whatever layouts came after it.
-        grown = [plan for plan in self.plans if plan["experts_after"] > plan["experts_before"]]
-        parents = {x["layer"]: x["parents"] for x in grown[-1]["layers"]} if grown else {}
+        grown = last_growth(self.plans)
+        parents = {x["layer"]: x["parents"] for x in grown["layers"]} if grown else {}
         divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
         tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
         self.event("evaluation", valid_loss=loss, tokens=tokens, sibling_divergence=divergence)

@@ -27,6 +27,7 @@ from parallel.layout import Layout
 from parallel.optimizer_state import use_fused_update
 from train.config import RunSettings
 from upcycle.optimizer_rules import rewarm_factor
+from upcycle.plan import last_growth
 
 
 @dataclass
@@ -179,10 +180,10 @@ def build_stage(
 
 def families_of(plans: Sequence[Mapping[str, Any]]) -> dict[int, list[int]] | None:
     """Parents [M] per layer number if the last expansion was made in exact mode; its release may be over."""
-    grown = [plan for plan in plans if plan["experts_after"] > plan["experts_before"]]
-    if not grown or grown[-1].get("mode", "plain") == "plain":
+    grown = last_growth(plans)
+    if grown is None or grown.get("mode", "plain") == "plain":
         return None
-    return {layer["layer"]: layer["parents"] for layer in grown[-1]["layers"]}
+    return {layer["layer"]: layer["parents"] for layer in grown["layers"]}
 
 
 def _let_go_of_weights(chunks: list[GPTModel]) -> None:

@@ -198,7 +198,7 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
         _let_age(run, plan, old.optimizer_step)
         manifest.ages = run.ages.to_dict()
         manifest.stage, manifest.num_experts = number, plan.experts_after
-        manifest.layout = run.settings.parallel_of(number).describe(layout.world_size)
+        manifest.layout = layout.describe()
         manifest.fingerprints = found
         manifest.experts = expert_keys(run.stage.chunks, layout)
         manifest.plans = list(run.plans)

@@ -211,6 +211,11 @@ def _placed_text(record: Mapping[str, Any]) -> str:
     return text if record["within_bound"] else text + "; the load bound is not met"
 
 
+def last_growth(plans: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The newest of a run's plans, as dicts, that added experts; layouts may have changed after it."""
+    return next((plan for plan in reversed(plans) if plan["experts_after"] > plan["experts_before"]), None)
+
+
 def plan_expansion(
     rules: StageConfig,
     model: ModelConfig,
