@@ -5,7 +5,7 @@ load / sum of loads. Even routing has every share at 1/E.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,24 +77,37 @@ def restored_counters(parts: list[MoEPart]) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def load_figures(share_LE: torch.Tensor) -> dict[str, float]:
+def load_figures(share_LE: torch.Tensor, parents: Sequence[Sequence[int]] | None = None) -> dict[str, float]:
     """The bounded figures of a load matrix.
 
     Args:
         share_LE: [L, E] shares, rows summing to 1.
+        parents: [L][E] parent of each expert at the last expansion; None before any.
 
     Returns:
         `expert_load_max` and `expert_load_min`: largest and smallest share over its even share (neutral 1);
         `expert_load_entropy`: mean over layers of entropy / log E (1 is even); `dead_experts`: (layer, expert) pairs
-        without a token.
+        without a token; after an expansion also `dead_replicas`: those of them that have a sibling (neutral 0), and
+        `family_load_max`: largest share of a family over 1 / families.
     """
     if share_LE.numel() == 0:
         return {}
     experts = share_LE.shape[1]
+    dead_LE = share_LE == 0
+    of_families = {}
+    if parents is not None:
+        parents_LE = torch.tensor(parents)
+        families_LE = torch.zeros_like(share_LE).scatter_add(1, parents_LE, share_LE)
+        sizes_LE = torch.zeros_like(parents_LE).scatter_add(1, parents_LE, torch.ones_like(parents_LE))
+        of_families = {
+            "dead_replicas": int((dead_LE & (sizes_LE.gather(1, parents_LE) > 1)).sum()),
+            "family_load_max": (families_LE.max() * (int(parents_LE.max()) + 1)).item(),
+        }
     entropy_L = -(share_LE * share_LE.clamp(min=1e-30).log()).sum(dim=1)
     return {
         "expert_load_max": (share_LE.max() * experts).item(),
         "expert_load_min": (share_LE.min() * experts).item(),
         "expert_load_entropy": (entropy_L.mean() / torch.log(torch.tensor(float(experts)))).item(),
-        "dead_experts": int((share_LE == 0).sum()),
+        "dead_experts": int(dead_LE.sum()),
+        **of_families,
     }

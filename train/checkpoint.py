@@ -22,7 +22,7 @@ from typing import Any
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
 
@@ -49,6 +49,14 @@ class Manifest:
     scheduler: dict[str, Any]
     # Plans of all expansions so far, oldest first.
     plans: list[dict[str, Any]] = field(default_factory=list)
+    # The rules of each of them and where it came from (`upcycle.course.Entry`), in the same order.
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    # What the guard of the last expansion has seen (`train/guard.py`).
+    guard: dict[str, Any] | None = None
+    # Checkpoint of another run that this run began with.
+    started_from: str | None = None
+    # The configuration of the run that wrote it.
+    config: dict[str, Any] = field(default_factory=dict)
     # When optimizer state that is younger than Adam's step count began (`parallel/optimizer_ages.py`).
     ages: dict[str, Any] = field(default_factory=dict)
     tracker_id: str | None = None

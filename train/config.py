@@ -4,13 +4,14 @@
 before any process group or device is touched.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from model.config import ModelConfig, divides, one_of, positive
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from upcycle.config import UpcycleConfig
+from upcycle.course import Course
 
 
 @dataclass
@@ -262,22 +263,67 @@ class RunSettings:
         """
         self._check_layout(world_size, self.parallel, _first_keys())
         self._check_schedule()
-        self.upcycle.check(self.model, self.parallel, self.run.steps)
-        for parallel, keys in self._later_layouts():
-            self._check_layout(world_size, parallel, keys)
+        self.upcycle.check_triggers()
+        saves_before = self.upcycle.save_before or self.upcycle.path == "checkpoint"
+        self.upcycle.guard.check(saves_before, self.evaluation.interval_steps is not None)
+        self.resolved().check_stages(world_size)
         self.data.corpora()
+
+    def check_stages(self, world_size: int, course: Course | None = None) -> None:
+        """Check the stages and their layouts; every stage has its step by now.
+
+        Args:
+            world_size: processes of the job.
+            course: which of the stages are over, and what messages call them; None before a run has begun.
+
+        Raises:
+            ConfigError: naming the keys, the values and the remedy.
+        """
+        begun, names = (course.begun, course.keys) if course else (0, None)
+        self.upcycle.check(self.model, self.parallel, self.run.steps, begun=begun, keys=names)
+        for parallel, keys in self._later_layouts(begun, names):
+            self._check_layout(world_size, parallel, keys)
+
+    def tokens_per_step(self) -> int:
+        """Training tokens of one optimizer step."""
+        return self.data.global_batch_size * self.data.sequence_length
+
+    def resolved(self, step: int = 0, tokens: int = 0) -> "RunSettings":
+        """With the step of every stage that begins at a number of tokens.
+
+        Args:
+            step: where the run stands.
+            tokens: training tokens it has seen by then.
+        """
+        return replace(self, upcycle=self.upcycle.resolved(step, tokens, self.tokens_per_step()))
+
+    def following(self, course: Course) -> "RunSettings":
+        """The settings of a run on its course: the experts of its first stage, and all of its stages with their steps."""
+        parallel = self.parallel
+        if course.expert_ranks is not None:
+            parallel = replace(parallel, expert=course.expert_ranks)
+        return replace(
+            self,
+            model=replace(self.model, num_experts=course.first_experts),
+            parallel=parallel,
+            upcycle=replace(self.upcycle, stages=course.stages),
+        )
 
     def parallel_of(self, stage: int) -> ParallelConfig:
         """The parallel layout of a stage, the first being 0."""
         return self.upcycle.layouts(self.parallel)[stage]
 
-    def _later_layouts(self) -> Iterator[tuple[ParallelConfig, dict[str, str]]]:
-        """The layout of every stage that changes it, with the dotted key at which each of its sizes is set."""
+    def _later_layouts(
+        self, begun: int, names: Sequence[str] | None
+    ) -> Iterator[tuple[ParallelConfig, dict[str, str]]]:
+        """The layout of every stage to come that changes it, with the dotted key at which each of its sizes is set."""
         keys = _first_keys()
         for i, stage in enumerate(self.upcycle.stages):
             if stage.parallel.changes():
-                keys |= {name: f"upcycle.stages[{i}].parallel.{name}" for name in stage.parallel.changes()}
-                yield self.parallel_of(i + 1), dict(keys)
+                key = names[i] if names else f"upcycle.stages[{i}]"
+                keys |= {name: f"{key}.parallel.{name}" for name in stage.parallel.changes()}
+                if i >= begun:
+                    yield self.parallel_of(i + 1), dict(keys)
 
     def _check_layout(self, world_size: int, parallel: ParallelConfig, keys: Mapping[str, str]) -> None:
         model, data = self.model, self.data

@@ -19,11 +19,12 @@ from parallel.config import ParallelConfig
 from parallel.errors import ExpansionError
 from parallel.redistribute import Redistribution
 from train import random_state
+from train.guard import Guard
 from train.step import run_micro_batches
 from train.switch import Clock, through_checkpoint, through_memory
-from upcycle.config import StageConfig
 from upcycle.placement import contiguous
 from upcycle.plan import ExpansionPlan, plan_expansion
+from upcycle.stage_config import StageConfig
 from upcycle.utility import gradient_scores, weight_scores
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def expand(run: "Run") -> None:
     if options.save_before or options.path == "checkpoint":
         with clock.act("save"):
             saved = run.persistence.save_unless_saved()
+    if before_loss is not None and plan.experts_after > plan.experts_before:
+        run.guard = Guard(run.step, plan.stage, before_loss, saved.name if saved else None)
     moved: Redistribution | None = None
     if options.path == "live":
         moved = through_memory(run, plan, saved, clock)

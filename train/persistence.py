@@ -29,6 +29,8 @@ from train.checkpoint import (
 )
 from train.config import RunSettings
 from train.data import Segment
+from train.guard import Guard
+from train.settings import settings_to_dict
 from upcycle.optimizer_rules import attach
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ _FREE = frozenset(
 def model_identity(settings: RunSettings, vocab_size: int) -> dict[str, Any]:
     """What must be equal for a checkpoint to belong to a run, as dotted keys."""
     values = {f"model.{k}": v for k, v in asdict(settings.model).items() if k not in _FREE}
-    values["model.num_experts"] = settings.model.num_experts
     values["run.precision"] = settings.run.precision
     values["padded vocabulary"] = padded_vocab_size(settings.model, vocab_size)
     return values
@@ -56,9 +57,13 @@ class Persistence:
 
     def __init__(self, run: "Run") -> None:
         self.run = run
-        self.settings = run.settings
         # Step, stage and folder of the newest checkpoint that holds the current state.
         self._saved: tuple[int, int, Path] | None = None
+
+    @property
+    def settings(self) -> RunSettings:
+        """What the run follows; its stages may grow in number."""
+        return self.run.settings
 
     @property
     def layout(self) -> Layout:
@@ -87,6 +92,9 @@ class Persistence:
                 own = list_checkpoints(Path(run.dir))
                 for path in {p for p in (found, own[-1] if own else None) if p}:
                     self._check_identity(path, read_manifest(path))
+                if found and own and found.parent != own[-1].parent and self._began_with(own[-1], found):
+                    # The same command again: the run has come further since.
+                    found = own[-1]
                 if found and own and found.parent != own[-1].parent:
                     raise CheckpointError(
                         f"run.resume={run.resume} is of another run, but run.dir={run.dir} holds checkpoints of its own: "
@@ -104,8 +112,14 @@ class Persistence:
                     f"{mine.get(key)} here: choose another run.dir, or the settings it was made with"
                 )
 
+    def _began_with(self, own: Path, found: Path) -> bool:
+        """Whether this run, whose newest checkpoint is `own`, once began with `found` or with the run it is of."""
+        began = read_manifest(own).started_from
+        named = Path(self.settings.run.resume).resolve()
+        return began is not None and (began == str(found.resolve()) or Path(began).parent.parent == named)
+
     def check_start(self, source: Path | None) -> Manifest | None:
-        """Read the manifest to resume from and check it against the stages and the data of this run.
+        """Read the manifest to resume from and check it against the length and the data of this run.
 
         Raises:
             CoppiceError: naming what does not fit.
@@ -114,40 +128,13 @@ class Persistence:
         with self.layout.together("checking the checkpoint"):
             if source:
                 manifest = read_manifest(source)
-                self._check_stages(source, manifest)
+                if manifest.step > self.settings.run.steps:
+                    raise ConfigError(
+                        f"run.steps={self.settings.run.steps} ends before checkpoint {source.name} (step {manifest.step}): "
+                        "raise it"
+                    )
                 self._check_data(source, manifest)
         return manifest
-
-    def _check_stages(self, path: Path, manifest: Manifest) -> None:
-        stages = self.settings.upcycle.stages
-        counts = self.settings.upcycle.expert_counts(self.settings.model.num_experts)
-        if manifest.step > self.settings.run.steps:
-            raise ConfigError(
-                f"run.steps={self.settings.run.steps} ends before checkpoint {path.name} (step {manifest.step}): raise it"
-            )
-        if manifest.stage > len(stages):
-            raise ConfigError(
-                f"checkpoint {path} has gone through {manifest.stage} stages after the first, upcycle.stages lists "
-                f"{len(stages)}: list them all"
-            )
-        for i, plan in enumerate(manifest.plans):
-            if (plan["step"], plan["experts_after"]) != (stages[i].at_step, counts[i + 1]):
-                raise ConfigError(
-                    f"upcycle.stages[{i}] gives {counts[i + 1]} experts after step {stages[i].at_step}, but checkpoint "
-                    f"{path} went on with {plan['experts_after']} after step {plan['step']}: past expansions cannot be "
-                    "changed"
-                )
-            if plan["experts_after"] > plan["experts_before"] and plan.get("mode", "plain") != stages[i].mode:
-                raise ConfigError(
-                    f"upcycle.stages[{i}].mode={stages[i].mode}, but checkpoint {path} was expanded with "
-                    f"mode={plan.get('mode', 'plain')}: past expansions cannot be changed"
-                )
-        for i in range(manifest.stage, len(stages)):
-            if stages[i].at_step < manifest.step:
-                raise ConfigError(
-                    f"upcycle.stages[{i}].at_step={stages[i].at_step} lies before checkpoint {path.name} (step "
-                    f"{manifest.step}), which did not enter this stage: use a later step or an earlier checkpoint"
-                )
 
     def _check_data(self, path: Path, manifest: Manifest) -> None:
         mine = [m.fingerprint for _, m in self.run.corpora]
@@ -200,6 +187,7 @@ class Persistence:
             # Its streams mean nothing here; those this layout was formed with would begin the run's over again.
             run.seed_streams()
         run.plans = list(manifest.plans)
+        run.guard = Guard(**manifest.guard) if manifest.guard else None
         # Fresh moments are all of one age.
         run.ages = OptimizerAges.from_dict(manifest.ages) if full else OptimizerAges()
         attach(run.ages, stage.optimizer, stage.chunks, self.layout)
@@ -257,6 +245,10 @@ class Persistence:
             },
             scheduler=stage.scheduler.state_dict(),
             plans=list(run.plans),
+            stages=[entry.to_dict() for entry in run.course.entries[: run.course.begun]],
+            guard=run.guard.to_dict() if run.guard else None,
+            started_from=run.started_from,
+            config=settings_to_dict(run.given),
             ages=run.ages.to_dict(),
             tracker_id=run.tracker.run_id,
             versions=versions(),

@@ -27,13 +27,16 @@ from train.config import RunSettings
 from train.console import Console
 from train.data import DataStream, plan_segments
 from train.expansion import expand
+from train.guard import Guard, held_from, refuse_tripped, watch
 from train.persistence import Persistence
+from train.requests import RequestFolder, refuse_waiting, repeated_requests, take_request
 from train.run_files import RunFiles
 from train.settings import settings_to_dict, write_yaml
 from train.signals import StopRequest
 from train.stage import Stage, build_stage
 from train.step import evaluate, optimizer_step
 from train.tracking import Tracker, open_tracker
+from upcycle.course import Course, Entry, Past, plan_course
 from upcycle.plan import last_growth
 
 
@@ -47,7 +50,10 @@ class Run:
     """State of a run between steps: the stage, the position, and where results go. Make it with `Run.open`."""
 
     def __init__(self, settings: RunSettings, layout: Layout, corpora: list[Any]) -> None:
+        # As the user gave them; `settings` is what they mean on the run's course.
+        self.given = settings
         self.settings = settings
+        self.course = Course(settings.model.num_experts, ())
         self.layout = layout
         self.corpora = corpora
         self.vocab_size: int = corpora[0][1].vocab_size
@@ -58,6 +64,12 @@ class Run:
         self.plans: list[dict[str, Any]] = []
         # Optimizer state that is younger than Adam's step count.
         self.ages = OptimizerAges()
+        # What has been seen since the last expansion.
+        self.guard: Guard | None = None
+        # Checkpoint of another run that this one began with.
+        self.started_from: str | None = None
+        # Whether all ranks know that a request waits.
+        self._asked = False
         # What could not be written on this rank since the last step.
         self._unwritten: CoppiceError | None = None
         # Step and stage of the last evaluation, and its loss.
@@ -69,7 +81,7 @@ class Run:
 
     @classmethod
     def open(cls, settings: RunSettings, layout: Layout, corpora: list[Any]) -> "Run":
-        """Prepare a fresh run, or resume one from a checkpoint.
+        """Prepare a fresh run, or resume one from a checkpoint, ready to train.
 
         Args:
             settings: checked settings.
@@ -79,20 +91,9 @@ class Run:
         Raises:
             CoppiceError: if the run directory is of another run, or a checkpoint cannot be used.
         """
-        run = cls(settings, layout, corpora)
-        run.persistence = Persistence(run)
-        source = run.persistence.find_start()
-        manifest = run.persistence.check_start(source)
-        number = manifest.stage if manifest else 0
-        run._check_later_stages(number)
-        with layout.together("preparing run.dir"):
-            if layout.rank == 0:
-                run.files.prepare()
-        layout = run.enter_layout(number)
-        run.stage = build_stage(settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
-        run._open_data(manifest)
-        if manifest and source:
-            run.persistence.load(source, manifest)
+        run, source, manifest = cls.restore(settings, layout, corpora)
+        layout = run.layout
+        refuse_tripped(run)
         with layout.together("writing config.yaml"):
             if layout.rank == 0:
                 write_yaml(settings, run.files.config, manifest.step if manifest else 0)
@@ -110,20 +111,98 @@ class Run:
         run.persistence.check_space()
         return run
 
-    def _check_later_stages(self, first: int) -> None:
-        """Let mcore refuse what it will not build before the run begins, not at a switch.
+    @classmethod
+    def restore(
+        cls, settings: RunSettings, layout: Layout, corpora: list[Any]
+    ) -> tuple["Run", Path | None, Manifest | None]:
+        """The state a run starts from, built and loaded, without its tracker and its records.
+
+        Args:
+            settings: checked settings.
+            layout: process groups of the first stage.
+            corpora: opened corpora.
+
+        Returns:
+            The run, and the checkpoint that its state comes from with its manifest.
 
         Raises:
-            ConfigError: naming the stage, in mcore's words.
+            CoppiceError: as `open`.
         """
-        counts = self.settings.upcycle.expert_counts(self.settings.model.num_experts)
-        for number in range(max(1, first), len(counts)):
+        run = cls(settings, layout, corpora)
+        run.persistence = Persistence(run)
+        source = run.persistence.find_start()
+        manifest = run.persistence.check_start(source)
+        number = manifest.stage if manifest else 0
+        run._follow(source, manifest)
+        with layout.together("preparing run.dir"):
+            if layout.rank == 0:
+                run.files.prepare()
+        layout = run.enter_layout(number)
+        run.stage = build_stage(run.settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
+        run._open_data(manifest)
+        if manifest and source:
+            run.persistence.load(source, manifest)
+        return run, source, manifest
+
+    def _follow(self, source: Path | None, manifest: Manifest | None) -> None:
+        """Find the run's course: the stages behind its checkpoint, and those ahead as configured and requested.
+
+        Raises:
+            ConfigError: naming what does not fit the past, or cannot be built.
+        """
+        given, past, own = self.given, None, True
+        if manifest and source:
+            own = source.resolve().parent.parent == self.files.run_dir.resolve()
+            self.started_from = manifest.started_from if own else str(source.resolve())
+            past = Past.of(str(source), manifest.step, manifest.num_experts, manifest.plans, manifest.stages)
+        with self.layout.together("looking for what the guard left"):
+            held = held_from(self.files.run_dir)
+        step, tokens = (manifest.step, manifest.tokens) if manifest else (0, 0)
+        entered = past.entries if past else ()
+        course = plan_course(
+            given.resolved(step, tokens).upcycle.stages,
+            given.model.num_experts,
+            past,
+            requests=repeated_requests(self, step, [entry.rules for entry in entered]),
+            held_from=held,
+            on_load=None if given.run.resume in ("auto", "never") else given.upcycle.on_load,
+            expert_ranks=given.parallel.expert,
+        )
+        self._take_course(course)
+
+    def _take_course(self, course: Course) -> None:
+        """Follow a course from here on, if all of what is to come can be done.
+
+        Raises:
+            ConfigError: naming the stage, in mcore's words where it is mcore that refuses; nothing has changed then.
+        """
+        settings = self.given.following(course)
+        settings.check_stages(self.layout.world_size, course)
+        counts = settings.upcycle.expert_counts(settings.model.num_experts)
+        for number in range(course.begun + 1, len(counts)):
             # Only the sizes are asked for; there are no such groups yet.
-            layout = replace(self.layout, config=self.settings.parallel_of(number))
+            layout = replace(self.layout, config=settings.parallel_of(number))
             try:
-                transformer_config(self.settings.model, counts[number], layout, self.settings.run.precision)
+                transformer_config(settings.model, counts[number], layout, settings.run.precision)
             except ConfigError as e:
-                raise ConfigError(f"upcycle.stages[{number - 1}]: {e}") from None
+                raise ConfigError(f"{course.keys[number - 1]}: {e}") from None
+        self.course, self.settings = course, settings
+
+    def add_stage(self, entry: Entry) -> None:
+        """Let a stage come next, before those that are configured.
+
+        Raises:
+            ConfigError: if it cannot be, alone or with those.
+        """
+        self._take_course(self.course.with_next(entry))
+
+    def leave_out_stages(self, kept: int) -> None:
+        """Forget every stage after the first `kept` ones."""
+        self._take_course(self.course.cut(kept))
+
+    def enter_stage(self, plans: list[dict[str, Any]]) -> None:
+        """Take note that the next stage holds the run's state now; `plans` are those of all stages entered."""
+        self.plans, self.course = plans, self.course.entered()
 
     def enter_layout(self, number: int) -> Layout:
         """Go over to the parallel layout of a stage, on the same processes; collective.
@@ -210,20 +289,27 @@ class Run:
         """
         run = self.settings.run
         with StopRequest() as stop:
+            if self.guard is not None and not self.guard.losses:
+                # The job ended between an expansion and the evaluation that follows it.
+                self.evaluate()
             while self.step < run.steps:
                 if self.expansion_due():
                     expand(self)
                 stopping = self._one_step(stop)
                 self._evaluate_if_due()
+                watch(self)
                 self.persistence.save_if_due()
                 if stopping or self.step == run.stop_at_step:
                     return self._finish("requested" if stopping else "stop_at_step")
         return self._finish("finished")
 
     def expansion_due(self) -> bool:
-        """Whether the expansion into the next stage belongs here, between this step and the next."""
+        """Whether the next stage begins here, between this step and the next: as configured, or as requested."""
         stages = self.settings.upcycle.stages
-        return self.stage.number < len(stages) and stages[self.stage.number].at_step == self.step
+        if self.stage.number < len(stages) and stages[self.stage.number].at_step == self.step:
+            return True
+        asked, self._asked = self._asked, False
+        return asked and take_request(self)
 
     def _one_step(self, stop: StopRequest) -> bool:
         """Train one step and record it; True if any rank was asked to stop."""
@@ -237,8 +323,10 @@ class Run:
         )
         loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
-        flags = torch.tensor([stop.name is not None, self._unwritten is not None], device=loss.device)
-        total, stopping, failed = self.layout.sum_over_world(torch.cat([loss[None], flags.double()])).tolist()
+        flags = [stop.name is not None, self._unwritten is not None, self._request_waits()]
+        sums = self.layout.sum_over_world(torch.cat([loss[None], torch.tensor(flags, device=loss.device).double()]))
+        total, stopping, failed, asked = sums.tolist()
+        self._asked = asked > 0
         self.step += 1
         self.samples += self.settings.data.global_batch_size
         mean = total / (self.data.micro_batches * self.layout.data_size)
@@ -251,6 +339,10 @@ class Run:
                 "lower schedule.learning_rate or optimizer.clip_grad"
             )
         return stopping > 0
+
+    def _request_waits(self) -> bool:
+        """Whether this rank, which must be rank 0, sees a request that nobody has decided on."""
+        return self.layout.rank == 0 and RequestFolder(self.files.run_dir).waiting() is not None
 
     def _let_go(self) -> float:
         """Set how far the model has let go of family routing at this step; 1 is plain top-K."""
@@ -279,7 +371,7 @@ class Run:
             "released": released,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            **load_figures(share_LE),
+            **load_figures(share_LE, self._parents()),
         }
         if self.layout.rank == 0:
             self._write(lambda: self.files.append_metrics(record))
@@ -295,6 +387,11 @@ class Run:
         self.tracker.log(self.step, record)
         if self.step % self.settings.run.log_interval_steps == 0 or self.step == 1:
             self.console.progress(record, self._next_event())
+
+    def _parents(self) -> list[list[int]] | None:
+        """Parent of each expert at the last expansion, per MoE layer; None before any."""
+        grown = last_growth(self.plans)
+        return [layer["parents"] for layer in grown["layers"]] if grown else None
 
     def _next_event(self) -> str:
         stages = self.settings.upcycle.stages[self.stage.number :]
@@ -316,14 +413,15 @@ class Run:
         config = self.settings.evaluation
         self._let_go()
         loss = evaluate(self.stage, self.layout, self.data, config.batches)
-        grown = last_growth(self.plans)
-        parents = {x["layer"]: x["parents"] for x in grown["layers"]} if grown else {}
+        parents = dict(zip(self.stage.load.layer_numbers, self._parents() or (), strict=False))
         divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
         tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
         self.event("evaluation", valid_loss=loss, tokens=tokens, sibling_divergence=divergence)
         self.tracker.log(self.step, {"valid_loss": loss})
         self.console.say(f"step {self.step}: validation loss {loss:.4f}")
         self._evaluated = (self.step, self.stage.number, loss)
+        if self.guard is not None:
+            self.guard.observe(self.step, loss)
         return loss
 
     def checkpoint_event(self, path: Path, seconds: float) -> None:
@@ -333,6 +431,8 @@ class Run:
         self.console.say(f"step {self.step}: checkpoint {path.name}, {size / 2**20:.1f} MiB in {seconds:.1f} s")
 
     def _finish(self, reason: str) -> str:
+        if reason == "finished":
+            refuse_waiting(self, f"the run has finished at step {self.step}")
         if self.settings.checkpoint.save_final or reason != "finished":
             self.persistence.save_unless_saved()
         self.event("stop", reason=reason)

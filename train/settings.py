@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, DataError
 from train.config import CorpusWeight, RunSettings
-from upcycle.config import StageConfig
+from upcycle.stage_config import StageConfig
 
 
 def register_schema() -> None:
@@ -139,6 +140,24 @@ def settings_to_dict(settings: RunSettings) -> dict[str, Any]:
 def settings_from_dict(values: dict[str, Any]) -> RunSettings:
     """The inverse of `settings_to_dict`, with all checks."""
     return to_settings(OmegaConf.merge(OmegaConf.structured(RunSettings), values))
+
+
+def stage_from_dict(values: Mapping[str, Any], name: str) -> StageConfig:
+    """One element of `upcycle.stages` from plain values, typed; what it means is not checked.
+
+    Args:
+        values: its keys.
+        name: what messages call it.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong type.
+    """
+    try:
+        stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), dict(values)))
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"{name}: {explain(e)}") from None
+    assert isinstance(stage, StageConfig)
+    return stage
 
 
 def write_yaml(settings: RunSettings, path: Path, step: int) -> None:

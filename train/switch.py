@@ -136,7 +136,7 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
     with clock.act("verify"):
         found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout, error=ExpansionError)
         verify_expansion(before, found, plan, experts)
-    run.plans = plans
+    run.enter_stage(plans)
     _let_age(run, plan, step)
     return moved
 
@@ -194,7 +194,7 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
         with clock.act("verify"):
             found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout, error=ExpansionError)
             verify_expansion(old.fingerprints, found, plan, experts)
-        run.plans = plans
+        run.enter_stage(plans)
         _let_age(run, plan, old.optimizer_step)
         manifest.ages = run.ages.to_dict()
         manifest.stage, manifest.num_experts = number, plan.experts_after
@@ -202,6 +202,8 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
         manifest.fingerprints = found
         manifest.experts = expert_keys(run.stage.chunks, layout)
         manifest.plans = list(run.plans)
+        manifest.stages = [entry.to_dict() for entry in run.course.entries[: run.course.begun]]
+        manifest.guard = run.guard.to_dict() if run.guard else None
 
     began = time.perf_counter()
     path = persistence.folder.write(checkpoint_name(run.step, number, expanded=True), manifest, needed, write)

@@ -30,8 +30,8 @@ from model.build import expert_rows, moe_parts
 from parallel.layout import Layout
 from parallel.optimizer_ages import NEVER, OptimizerAges, RateFactor, RowState, YoungRange, correct_updates
 from parallel.optimizer_state import MOMENTS, OptimizerView, optimizer_views
-from upcycle.config import OptimizerRule
 from upcycle.plan import ExpansionPlan, LayerPlan
+from upcycle.stage_config import OptimizerRule
 
 __all__ = ["OptimizerRule"]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from model.config import ModelConfig
 from parallel.errors import ExpansionError
-from upcycle.config import OptimizerRule, StageConfig
 from upcycle.placement import Placed, contiguous, imbalance, place
 from upcycle.selection import select_copies
+from upcycle.stage_config import OptimizerRule, StageConfig
 
 FORMAT = 1
 

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from upcycle.config import StageConfig, StageParallel
+from upcycle.stage_config import StageConfig, StageParallel
 
 # A case takes milliseconds, but on shared cores any of them may be paused; the suite has its own time limit.
 settings.register_profile("no-deadline", deadline=None)

@@ -5,7 +5,8 @@ import pytest
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
-from upcycle.config import StageConfig, StageParallel, UpcycleConfig
+from upcycle.config import UpcycleConfig
+from upcycle.stage_config import StageConfig, StageParallel
 
 
 def test_layouts_and_expert_counts_accumulate() -> None:

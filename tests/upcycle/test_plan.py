@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from parallel.errors import ExpansionError
 from tests.upcycle.plans import Growth, amounts, growths
-from upcycle.config import StageConfig, StageParallel
 from upcycle.plan import ExpansionPlan, LayerPlan, plan_expansion
+from upcycle.stage_config import StageConfig, StageParallel
 
 _SELECTIONS = ("uniform", "greedy", "sampling")
 _PLACEMENTS = ("near", "spread", "auto")

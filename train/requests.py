@@ -1,0 +1,209 @@
+"""An operator's requests to a live run: expand now, at the next step boundary, on all ranks or none.
+
+    RUN_DIR/requests/request-TIME-ID.json           waiting; what `python -m upcycle request` leaves
+    RUN_DIR/requests/request-TIME-ID.taken.json     taken after "step"
+    RUN_DIR/requests/request-TIME-ID.refused.json   with the "reason"
+    RUN_DIR/requests/request-TIME-ID.undone.json    taken, and undone by the guard
+
+Rank 0 looks into the folder once a step; that a request waits travels with the sum of the step's loss, so all ranks learn
+of it together. A run that resumes from before a step at which it took a request repeats it there: resumed equals
+uninterrupted. Files are written under another name and renamed, and none is ever deleted but for its successor.
+"""
+
+import getpass
+import json
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.errors import ConfigError, CoppiceError, DataError
+from train.run_files import make_directory
+from train.settings import stage_from_dict
+from upcycle.course import Entry
+from upcycle.stage_config import StageConfig
+
+if TYPE_CHECKING:
+    from train.run import Run
+
+FORMAT = 1
+_MARKS = ("taken", "refused", "undone")
+
+
+class RequestFolder:
+    """The requests of one run directory. The run itself uses it on rank 0 only."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.root = run_dir / "requests"
+
+    def waiting(self) -> Path | None:
+        """The oldest request that nobody has decided on."""
+        try:
+            names = os.listdir(self.root)
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise DataError(f"{self.root}: cannot be read ({e.strerror})") from None
+        # A mark is written before the waiting file goes: with both there, the mark holds.
+        decided = {name.split(".")[0] for name in names if name.split(".")[1:2] and name.split(".")[1] in _MARKS}
+        waiting = sorted(n for n in names if n.startswith("request-") and n.count(".") == 1 and n.endswith(".json"))
+        return next((self.root / name for name in waiting if name.split(".")[0] not in decided), None)
+
+    def write(self, rules: Mapping[str, Any]) -> Path:
+        """Leave a request.
+
+        Args:
+            rules: keys of an element of `upcycle.stages`, without a trigger.
+
+        Raises:
+            DataError: if the folder cannot be written.
+        """
+        now = datetime.now(UTC)
+        body = {
+            "format": FORMAT,
+            "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "by": f"{getpass.getuser()}@{socket.gethostname()}",
+            "rules": dict(rules),
+        }
+        make_directory(self.root)
+        path = self.root / f"request-{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(2)}.json"
+        _write(path, body)
+        return path
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """What a request asks for.
+
+        Raises:
+            DataError: if it is no request of a known format.
+        """
+        try:
+            body = json.loads(path.read_text())
+            if body["format"] != FORMAT or not isinstance(body["rules"], dict):
+                raise ValueError(f"format {body['format']}")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise DataError(
+                f"{path} is no request that this version reads ({e}): use python -m upcycle request"
+            ) from None
+        return dict(body)
+
+    def mark(self, path: Path, mark: str, **details: Any) -> None:
+        """Say what became of a request: `taken`, `refused` or `undone`.
+
+        Raises:
+            DataError: if the folder cannot be written.
+        """
+        try:
+            body = json.loads(path.read_text())
+        except (OSError, ValueError):
+            body = {}
+        _write(path.with_name(f"{path.name.split('.')[0]}.{mark}.json"), {**body, **details})
+        path.unlink(missing_ok=True)
+
+    def taken(self) -> list[tuple[Path, int, dict[str, Any]]]:
+        """Requests that were taken: file, step, and rules."""
+        found = []
+        for path in sorted(self.root.glob("request-*.taken.json")):
+            body = self.read(path)
+            found.append((path, int(body["step"]), body["rules"]))
+        return found
+
+
+def _write(path: Path, body: Mapping[str, Any]) -> None:
+    staging = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(staging, "w") as file:
+            json.dump(body, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    except OSError as e:
+        raise DataError(f"{path}: cannot write ({e.strerror}): free space or check permissions") from None
+
+
+def request_entry(name: str, rules: Mapping[str, Any], step: int) -> Entry:
+    """A request as a stage that begins after `step`.
+
+    Args:
+        name: of its file, for messages.
+        rules: as the file has them.
+        step: where the run stands.
+
+    Raises:
+        ConfigError: for an unknown key or a value that is impossible by itself.
+    """
+    stage = stage_from_dict(rules, name)
+    if stage.at_tokens is not None or stage.at_step != -1:
+        raise ConfigError(f"{name}: a request is taken at the next step: drop at_step and at_tokens")
+    stage = replace(stage, at_step=step)
+    stage.check(name)
+    return Entry(stage, "requested", name)
+
+
+def repeated_requests(run: "Run", step: int, entered: list[StageConfig]) -> list[Entry]:
+    """Requests that the run took at a step that it has gone back behind, to be repeated; collective.
+
+    Args:
+        run: being opened.
+        step: of the checkpoint it goes on from; 0 for a fresh start.
+        entered: stages that this checkpoint has entered.
+    """
+    with run.layout.together("reading requests"):
+        told = RequestFolder(run.files.run_dir).taken() if run.layout.rank == 0 else []
+        told = run.layout.from_rank_zero([(path.name, at, rules) for path, at, rules in told])
+    known = {stage.at_step for stage in entered}
+    return [request_entry(name, rules, at) for name, at, rules in told if at >= step and at not in known]
+
+
+def take_request(run: "Run") -> bool:
+    """Decide on the oldest waiting request; collective. True if the run's next stage begins here.
+
+    What cannot be done is refused in the request's file and in the run's events, and training goes on.
+    """
+    folder, rank = RequestFolder(run.files.run_dir), run.layout.rank
+    found: tuple[str, dict[str, Any] | None, str] | None = None
+    if rank == 0:
+        path = folder.waiting()
+        if path is not None:
+            try:
+                found = (path.name, folder.read(path)["rules"], "")
+            except CoppiceError as e:
+                found = (path.name, None, str(e))
+    found = run.layout.from_rank_zero(found)
+    if found is None:
+        return False
+    name, rules, problem = found
+    if rules is not None:
+        try:
+            run.add_stage(request_entry(name, rules, run.step))
+        except CoppiceError as e:
+            # Every rank judges the same words by the same rules.
+            problem = str(e)
+    mark, details = ("refused", {"reason": problem}) if problem else ("taken", {"step": run.step})
+    with run.layout.together("answering a request"):
+        if rank == 0:
+            folder.mark(folder.root / name, mark, **details)
+    run.event("request", file=name, outcome=mark, **details)
+    run.console.say(f"step {run.step}: {name} {mark}{f': {problem}' if problem else ''}")
+    return not problem
+
+
+def refuse_waiting(run: "Run", reason: str) -> None:
+    """Refuse whatever still waits; collective."""
+    with run.layout.together("answering requests"):
+        if run.layout.rank == 0:
+            folder = RequestFolder(run.files.run_dir)
+            while (path := folder.waiting()) is not None:
+                folder.mark(path, "refused", reason=reason)
+                run.console.say(f"{path.name} refused: {reason}")
+
+
+def undo_requests(run: "Run", step: int) -> None:
+    """Mark the requests taken from `step` on as undone, so that no resume repeats them; rank 0."""
+    folder = RequestFolder(run.files.run_dir)
+    for path, at, _ in folder.taken():
+        if at >= step:
+            folder.mark(path, "undone")
