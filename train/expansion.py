@@ -6,7 +6,7 @@ Between two optimizer steps, on all ranks or none. The stage before is complete 
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,16 +19,20 @@ from parallel.config import ParallelConfig
 from parallel.errors import ExpansionError
 from parallel.redistribute import Redistribution
 from train import random_state
+from train.config import RunSettings
 from train.guard import Guard
 from train.step import run_micro_batches
 from train.switch import Clock, through_checkpoint, through_memory
 from upcycle.placement import contiguous
 from upcycle.plan import ExpansionPlan, plan_expansion
 from upcycle.stage_config import StageConfig
-from upcycle.utility import gradient_scores, weight_scores
+from upcycle.utility import GRADIENT_UTILITIES, gradient_scores, weight_scores
 
 if TYPE_CHECKING:
     from train.run import Run
+
+# Layer number -> a utility or load per expert, [E].
+Amounts = Mapping[int, Sequence[float]]
 
 
 def expand(run: "Run") -> None:
@@ -113,25 +117,8 @@ def make_plan(run: "Run") -> ExpansionPlan:
     Raises:
         ExpansionError: if ranks disagree; nothing has moved yet.
     """
-    stage, number = run.stage, run.stage.number + 1
-    rules = run.settings.upcycle.stages[stage.number]
-    stage.gather_parameters()
-    scores = loads = None
-    if rules.grows():
-        scores, loads = _measure(run, rules)
-    layout = run.settings.parallel_of(number)
-    plan = plan_expansion(
-        rules,
-        run.settings.model,
-        stage=number,
-        experts_before=stage.num_experts,
-        scores=scores,
-        seed=run.settings.run.seed,
-        loads=loads,
-        ep_ranks=layout.expert,
-        ep_ranks_before=run.layout.config.expert,
-        homes=homes(stage.num_experts, run.layout.config, layout, run.layout.world_size),
-    )
+    scores, loads = measure(run, run.settings.upcycle.stages[run.stage.number])
+    plan = decide(run.settings, run.stage.number + 1, run.layout.world_size, scores, loads)
     digests = run.layout.gather_objects(plan.digest)
     if len(set(digests)) > 1:
         odd = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
@@ -140,6 +127,37 @@ def make_plan(run: "Run") -> ExpansionPlan:
         if run.layout.rank == 0:
             _plan_file(run, plan).write_text(json.dumps(plan.to_dict()))
     return plan
+
+
+def decide(
+    settings: RunSettings, number: int, world_size: int, scores: Amounts | None, loads: Amounts | None
+) -> ExpansionPlan:
+    """The plan of a stage, from what was measured; the same wherever it is made.
+
+    Args:
+        settings: of the run, on its course.
+        number: of the stage that begins.
+        world_size: processes of the run.
+        scores: utility [E] per layer number; None for rules that need none.
+        loads: measured load [E] per layer number; None takes all experts as equally busy.
+
+    Raises:
+        ExpansionError: if a rule cannot reach the target.
+    """
+    before, after = settings.parallel_of(number - 1), settings.parallel_of(number)
+    experts = settings.upcycle.expert_counts(settings.model.num_experts)[number - 1]
+    return plan_expansion(
+        settings.upcycle.stages[number - 1],
+        settings.model,
+        stage=number,
+        experts_before=experts,
+        scores=scores,
+        seed=settings.run.seed,
+        loads=loads,
+        ep_ranks=after.expert,
+        ep_ranks_before=before.expert,
+        homes=homes(experts, before, after, world_size),
+    )
 
 
 def homes(experts: int, before: ParallelConfig, after: ParallelConfig, world_size: int) -> list[set[int]] | None:
@@ -160,21 +178,31 @@ def _plan_file(run: "Run", plan: ExpansionPlan) -> Path:
     return run.files.plans / f"step-{plan.step:08d}.json"
 
 
-def _measure(run: "Run", rules: StageConfig) -> tuple[Mapping[int, list[float]] | None, dict[int, list[float]] | None]:
+def wants_gradients(rules: StageConfig) -> bool:
+    """Whether the rules go by gradients."""
+    return rules.selection != "uniform" and rules.utility in GRADIENT_UTILITIES
+
+
+def wants_batches(rules: StageConfig) -> bool:
+    """Whether the rules go by anything that takes the model over batches."""
+    return rules.grows() and (wants_gradients(rules) or rules.placement != "near")
+
+
+def measure(run: "Run", rules: StageConfig) -> tuple[Amounts | None, Amounts | None]:
     """Scores and loads [E] per layer number, as far as the rules need them; None for what they do not.
 
     Loads are those of the batches that gradients are taken over, or of forward passes alone where only placement asks.
     """
     stage = run.stage
-    scores: dict[int, list[float]] | None = None
-    if rules.selection != "uniform" and rules.utility == "weight_norm":
+    stage.gather_parameters()
+    scores: Amounts | None = None
+    if rules.selection != "uniform" and not wants_gradients(rules):
         scores = weight_scores(stage.chunks, run.layout, stage.num_experts)
-    wants_gradients = rules.selection != "uniform" and scores is None
-    if not wants_gradients and rules.placement == "near":
+    if not wants_batches(rules):
         return scores, None
     generators = random_state.capture()
     stage.load.reset()
-    if wants_gradients:
+    if wants_gradients(rules):
         scores = _gradient_scores(run, rules)
     else:
         # Nothing may change but the count of tokens: no gradients, and the routers' own counters are put back.

@@ -21,10 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.errors import ConfigError, CoppiceError, DataError
-from train.run_files import make_directory
-from train.settings import stage_from_dict
-from upcycle.course import Entry
+from parallel.errors import ConfigError, CoppiceError, DataError, ExpansionError
+from train.run_files import RunFiles, make_directory
+from train.settings import read_yaml, stage_from_dict
+from upcycle.course import Course, Entry
 from upcycle.stage_config import StageConfig
 
 if TYPE_CHECKING:
@@ -103,6 +103,14 @@ class RequestFolder:
         _write(path.with_name(f"{path.name.split('.')[0]}.{mark}.json"), {**body, **details})
         path.unlink(missing_ok=True)
 
+    def answer(self, path: Path) -> tuple[str, dict[str, Any]] | None:
+        """What became of a request, and the file that says so; None while it waits."""
+        for mark in _MARKS:
+            marked = path.with_name(f"{path.name.split('.')[0]}.{mark}.json")
+            if marked.exists():
+                return mark, json.loads(marked.read_text())
+        return None
+
     def taken(self) -> list[tuple[Path, int, dict[str, Any]]]:
         """Requests that were taken: file, step, and rules."""
         found = []
@@ -122,6 +130,44 @@ def _write(path: Path, body: Mapping[str, Any]) -> None:
         os.replace(staging, path)
     except OSError as e:
         raise DataError(f"{path}: cannot write ({e.strerror}): free space or check permissions") from None
+
+
+def leave_request(run_dir: Path, rules: Mapping[str, Any]) -> tuple[RequestFolder, Path]:
+    """Leave a request for a run, after a look whether it could be taken; the run itself decides.
+
+    Args:
+        run_dir: of the run.
+        rules: keys of an element of `upcycle.stages`, without a trigger.
+
+    Returns:
+        The folder and the file.
+
+    Raises:
+        CoppiceError: if this is no run, it has finished, or the stage cannot be.
+    """
+    files = RunFiles(run_dir)
+    if not files.config.is_file():
+        raise DataError(f"{run_dir} is no run directory: it has no {files.config.name}")
+    events = files.read_events()
+    starts = [event for event in events if event["event"] in ("start", "stop")]
+    if starts and starts[-1]["event"] == "stop" and starts[-1]["details"].get("reason") == "finished":
+        raise ExpansionError(
+            f"{run_dir} has finished at step {starts[-1]['step']}: nothing will take a request; start it again with a "
+            "larger run.steps first, or use python -m upcycle expand"
+        )
+    settings = read_yaml(files.config)
+    metrics = files.read_metrics()
+    step, experts = (metrics[-1]["step"], metrics[-1]["num_experts"]) if metrics else (0, settings.model.num_experts)
+    layouts = [event["details"]["layout"] for event in events if event["details"].get("layout")]
+    entry = request_entry("the request", rules, max(1, step))
+    if layouts:
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+        layout = replace(settings.parallel, **{name: layouts[-1][name] for name in sizes})
+        settings = replace(settings, parallel=layout)
+        course = Course(experts, (entry,))
+        settings.following(course).check_stages(layouts[-1]["world"], course)
+    folder = RequestFolder(run_dir)
+    return folder, folder.write(rules)
 
 
 def request_entry(name: str, rules: Mapping[str, Any], step: int) -> Entry:
@@ -182,11 +228,11 @@ def take_request(run: "Run") -> bool:
         except CoppiceError as e:
             # Every rank judges the same words by the same rules.
             problem = str(e)
-    mark, details = ("refused", {"reason": problem}) if problem else ("taken", {"step": run.step})
+    mark = "refused" if problem else "taken"
     with run.layout.together("answering a request"):
         if rank == 0:
-            folder.mark(folder.root / name, mark, **details)
-    run.event("request", file=name, outcome=mark, **details)
+            folder.mark(folder.root / name, mark, step=run.step, reason=problem or None)
+    run.event("request", file=name, outcome=mark, reason=problem or None)
     run.console.say(f"step {run.step}: {name} {mark}{f': {problem}' if problem else ''}")
     return not problem
 

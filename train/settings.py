@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -139,7 +140,10 @@ def settings_to_dict(settings: RunSettings) -> dict[str, Any]:
 
 def settings_from_dict(values: dict[str, Any]) -> RunSettings:
     """The inverse of `settings_to_dict`, with all checks."""
-    return to_settings(OmegaConf.merge(OmegaConf.structured(RunSettings), values))
+    try:
+        return to_settings(OmegaConf.merge(OmegaConf.structured(RunSettings), values))
+    except OmegaConfBaseException as e:
+        raise ConfigError(explain(e)) from None
 
 
 def stage_from_dict(values: Mapping[str, Any], name: str) -> StageConfig:
@@ -158,6 +162,19 @@ def stage_from_dict(values: Mapping[str, Any], name: str) -> StageConfig:
         raise ConfigError(f"{name}: {explain(e)}") from None
     assert isinstance(stage, StageConfig)
     return stage
+
+
+def read_yaml(path: Path) -> RunSettings:
+    """The settings that `write_yaml` wrote, with all checks of their groups.
+
+    Raises:
+        CoppiceError: if the file cannot be read, or is of another version.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, yaml.YAMLError) as e:
+        raise DataError(f"{path} cannot be read: {e}") from None
+    return settings_from_dict(values if isinstance(values, dict) else {})
 
 
 def write_yaml(settings: RunSettings, path: Path, step: int) -> None:

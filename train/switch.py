@@ -20,6 +20,7 @@ from model.holdings import describe_stage
 from model.sharded_state import expert_keys
 from parallel.errors import ExpansionError
 from parallel.layout import Layout
+from parallel.optimizer_ages import OptimizerAges
 from parallel.optimizer_state import get_step, has_moments, set_step
 from parallel.redistribute import Redistribution
 from train import random_state
@@ -28,6 +29,7 @@ from train.stage import build_stage
 from upcycle.live import add_bias_noise, move_state
 from upcycle.optimizer_rules import ages_after, apply_rule, attach, rates_after
 from upcycle.plan import ExpansionPlan
+from upcycle.stage_config import StageConfig
 from upcycle.transform import expand_checkpoint
 from upcycle.verify import verify_expansion
 
@@ -143,17 +145,27 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
 
 def _let_age(run: "Run", plan: ExpansionPlan, adam_step: int) -> None:
     """From the next step on, state that the expansion reset is updated by its own age, and rates of their own hold."""
-    rules = run.settings.upcycle.stages[run.stage.number - 1]
-    ages = ages_after(run.ages, plan, plan.rule, adam_step)
-    run.ages = rates_after(
-        ages,
+    run.ages = aged(run.ages, plan, run.settings.upcycle.stages[run.stage.number - 1], adam_step)
+    attach(run.ages, run.stage.optimizer, run.stage.chunks, run.layout)
+
+
+def aged(ages: OptimizerAges, plan: ExpansionPlan, rules: StageConfig, adam_step: int) -> OptimizerAges:
+    """Ages and learning rates of optimizer state after an expansion.
+
+    Args:
+        ages: before it.
+        plan: the expansion.
+        rules: the stage as configured.
+        adam_step: Adam's step count at the expansion.
+    """
+    return rates_after(
+        ages_after(ages, plan, plan.rule, adam_step),
         plan,
         adam_step,
         router=rules.router_lr_multiplier,
         replicas=rules.replica_lr_multiplier,
         steps=rules.lr_multiplier_steps,
     )
-    attach(run.ages, run.stage.optimizer, run.stage.chunks, run.layout)
 
 
 def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clock) -> None:
