@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 
 # Units by the end of a key, then by the whole key. "-" is a number without a unit.
-_UNITS_BY_ENDING = {"_steps": "steps", "_step": "steps", "_seconds": "s", "_batches": "global batches"}
+_UNITS_BY_ENDING = {
+    "_steps": "steps",
+    "_step": "steps",
+    "_seconds": "s",
+    "_batches": "global batches",
+    "_tokens": "tokens",
+}
 _UNITS = {
     "run.seed": "-",
     "run.steps": "steps",
@@ -99,6 +105,8 @@ _UNITS = {
     "upcycle.stages[].parallel.expert": "ranks",
     "upcycle.stages[].parallel.expert_tensor": "ranks",
     "upcycle.transfer_chunk_mib": "MiB",
+    "upcycle.guard.max_increase": "nats per token",
+    "upcycle.guard.evaluations": "evaluations",
 }
 
 # Fields without a comment of their own, or whose comment speaks of several fields at once.
@@ -150,6 +158,7 @@ _MEANINGS = {
     "checkpoint.save_final": "Save at the normal end of the run. Stops and expansions are saved in any case.",
     "tracking.project": "Project the run appears under.",
     "upcycle.stages": "The stages after the first, in order; see below.",
+    "upcycle.guard": "Watches the validation loss after an expansion (docs/upcycling.md).",
     "upcycle.stages[].factor": "New number of experts as a multiple of the one before. Give this or `num_experts`.",
     "upcycle.stages[].num_experts": "New number of experts. Give this or `factor`.",
 }
@@ -190,6 +199,11 @@ def _classes(cls: type) -> Iterator[type]:
         for kind in (field.type, *typing.get_args(field.type)):
             if dataclasses.is_dataclass(kind):
                 yield from _classes(typing.cast(type, kind))
+
+
+def _elements(cls: type) -> list[type]:
+    """Dataclasses that are elements of a class's lists: their keys have a table of their own."""
+    return [kind for field in dataclasses.fields(cls) for kind in typing.get_args(field.type)]
 
 
 def _comments(cls: type) -> dict[str, str]:
@@ -256,15 +270,16 @@ def _rows(cls: type, prefix: str) -> list[str]:
     comments, choices, rows = _comments(cls), _choices(cls), []
     for field in dataclasses.fields(cls):
         nested = dataclasses.is_dataclass(field.type)
+        elsewhere = field.type in _elements(cls)
         key, kind = f"{prefix}{field.name}", "mapping" if nested else _type_name(field.type)
         meaning = _MEANINGS.get(key) or comments[field.name]
         if not meaning:
             raise KeyError(f"{key} has no meaning: write a comment above the field in {cls.__module__}")
         if field.name in choices:
             meaning += " One of " + ", ".join(f"`{value}`" for value in choices[field.name]) + "."
-        default = "required" if key.endswith(".at_step") else "`{}`" if nested else f"`{_default(field)}`"
+        default = "`{}`" if nested else f"`{_default(field)}`"
         rows.append(f"| `{key}` | {kind} | {default} | {_unit(key, kind)} | {meaning.replace('|', chr(92) + '|')} |")
-        if nested:
+        if nested and not elsewhere:
             rows += _rows(typing.cast(type, field.type), f"{key}.")
     return rows
 

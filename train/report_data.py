@@ -214,13 +214,13 @@ def _bad_metric(files: RunFiles, block: list[tuple[int, dict[str, Any]]], keys: 
 
 
 def _events(files: RunFiles) -> list[Event]:
-    """All events; those a resume took back are marked superseded (their steps were trained again)."""
+    """All events; those a resume, or the guard, took back are marked superseded (their steps were trained again)."""
     events: list[Event] = []
     for line, record in numbered_records(files.events):
         step, name, details = record.get("step"), record.get("event"), record.get("details") or {}
         if not isinstance(step, int) or not isinstance(name, str) or not isinstance(details, dict):
             raise DataError(f"{files.events}:{line}: not an event (step, event, details): remove this line")
-        if name == "resume":
+        if name in ("resume", "return"):
             experts = number(details.get("num_experts"))
             first = next((i for i, event in enumerate(events) if _taken_back(event, step, experts)), len(events))
             if 0 < first < len(events) and events[first].name == "expansion" and events[first - 1].name == "evaluation":

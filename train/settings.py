@@ -37,13 +37,17 @@ def config_groups() -> dict[str, list[str]]:
     return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(root.iterdir()) if any(d.glob("*.yaml"))}
 
 
+# Elements of the schema's lists; `upcycle.on_load` takes the keys of one as well.
+_ELEMENTS = (StageConfig, CorpusWeight)
+
+
 def known_keys(cls: type = RunSettings, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema."""
+    """Every dotted key of the schema, without those inside elements of lists."""
     keys = []
     for f in dataclasses.fields(cls):
         kind = f.type
         keys.append(prefix + f.name)
-        if dataclasses.is_dataclass(kind):
+        if dataclasses.is_dataclass(kind) and kind not in _ELEMENTS:
             keys += known_keys(typing.cast(type, kind), f"{prefix}{f.name}.")
     return keys
 
@@ -55,7 +59,7 @@ def _nearest(word: str, words: list[str]) -> str:
 
 def _element_keys() -> list[str]:
     """Keys inside the elements of the schema's lists, such as those of one entry of `upcycle.stages`."""
-    return [f.name for cls in (StageConfig, CorpusWeight) for f in dataclasses.fields(cls)]
+    return [f.name for cls in _ELEMENTS for f in dataclasses.fields(cls)]
 
 
 def explain(error: BaseException) -> str:
@@ -72,7 +76,9 @@ def explain(error: BaseException) -> str:
             if "not in struct" in str(e) or ("not in" in text and "Key" in text):
                 if key.startswith("model.mcore."):
                     return f"{key} is a field of mcore's own: add it with a plus, +{key}=VALUE"
-                near = _nearest(key, known_keys()) or _nearest(key, _element_keys())
+                inside = "[" in key or key.startswith("upcycle.on_load.")
+                near = "" if inside else _nearest(key, known_keys())
+                near = near or _nearest(key.rsplit(".", 1)[-1], _element_keys())
                 return f"unknown key {key}{near or '; see `python -m train --cfg job` for all keys'}"
             return f"{key}: {text}"
     text = " ".join(str(error).split())
