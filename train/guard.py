@@ -123,7 +123,7 @@ def _go_back(run: "Run", guard: Guard, reason: str) -> None:
         if run.layout.rank == 0:
             _record(run.files.run_dir, guard.step, run.step, reason)
             undo_requests(run, guard.step)
-    run.leave_out_stages(manifest.stage)
+    run.take_course(run.course.cut(manifest.stage))
     run.stage.release()
     gc.collect()
     layout = run.enter_layout(manifest.stage)

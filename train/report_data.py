@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from parallel.errors import DataError
 from train.report_load import LoadHistory, load_histories
+from train.report_plans import read_plan
 from train.run_files import RunFiles, numbered_records
 
 Floats = npt.NDArray[np.float64]
@@ -65,7 +66,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Expansion:
-    """One switch, as its event and its plan recorded it. Fields are None where the run did not record them."""
+    """One switch, as its event and its plan recorded it. Fields are None where the run did not record them.
+
+    Without a plan that can be used `plan_problem` says why, as a sentence.
+    """
 
     step: int
     from_experts: int
@@ -76,6 +80,7 @@ class Expansion:
     pause_seconds: float | None
     seconds: dict[str, float]
     plan: dict[str, Any] | None
+    plan_problem: str
 
     @property
     def position(self) -> float:
@@ -287,30 +292,32 @@ def _expansions(
     files: RunFiles, events: list[Event], steps_S: Floats, stage_S: Floats, experts_S: Floats
 ) -> list[Expansion]:
     """One per expansion event, plus one per change of stage that has no event (a kill between the two)."""
-    plans = files.read_plans()
     switches = [event for event in events if event.name == "expansion" and not event.superseded]
-    found = {event.step: _expansion(event.step, event.details, plans.get(event.step)) for event in switches}
+    found = {event.step: _expansion(files, event.step, event.details) for event in switches}
     for row in np.flatnonzero(_changed(stage_S)):
         step, following = int(steps_S[row - 1]), int(steps_S[row])
         if not any(step <= known < following for known in found):
             counts = {"from_experts": float(experts_S[row - 1]), "to_experts": float(experts_S[row])}
-            found[step] = _expansion(step, counts, plans.get(step))
+            found[step] = _expansion(files, step, counts)
     return [found[step] for step in sorted(found)]
 
 
-def _expansion(step: int, details: dict[str, Any], plan: dict[str, Any] | None) -> Expansion:
+def _expansion(files: RunFiles, step: int, details: dict[str, Any]) -> Expansion:
+    before, after = (int(number(details.get(f"{end}_experts")) or 0) for end in ("from", "to"))
+    plan, problem = read_plan(files, step, before, after)
     seconds = details.get("seconds")
     parts = {key: number(value) for key, value in seconds.items()} if isinstance(seconds, dict) else {}
     return Expansion(
         step=step,
-        from_experts=int(number(details.get("from_experts")) or 0),
-        to_experts=int(number(details.get("to_experts")) or 0),
+        from_experts=before,
+        to_experts=after,
         selection=selection_text(details.get("selection")),
         loss_before=number(details.get("valid_loss_before")),
         loss_after=number(details.get("valid_loss_after")),
         pause_seconds=number(details.get("pause_seconds")),
         seconds={key: value for key, value in parts.items() if value is not None},
         plan=plan,
+        plan_problem=problem,
     )
 
 

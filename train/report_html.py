@@ -243,7 +243,7 @@ def _pause_and_copies(expansion: Expansion) -> str:
     charts = [chart for chart in (_pause(expansion), _copies(histogram)) if chart]
     text = f'<div class="two">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>' if charts else ""
     if not histogram:
-        return text + '<p class="note">The plan of this expansion is not in plans/.</p>'
+        return text + f'<p class="note">{escape(expansion.plan_problem)}</p>'
     if len(histogram) == 1:
         return text
     families, total = largest_families(expansion)
@@ -340,7 +340,9 @@ def _events(record: RunRecord) -> str:
     if len(shown) < len(events):
         notes.append(f"The first and last {MAX_EVENTS} of {len(events):,} events; events.jsonl has all.")
     if any(event.superseded for event in events):
-        notes.append("Struck through: taken back by a resume from an earlier step, and left out of everything above.")
+        notes.append(
+            "Struck through: taken back by a resume or a return to an earlier step, and left out of everything above."
+        )
     note = f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""
     return f"<h2>Events</h2><details><summary>{len(events):,} events</summary>{note}{text}</details>"
 

@@ -224,7 +224,7 @@ def take_request(run: "Run") -> bool:
     name, rules, problem = found
     if rules is not None:
         try:
-            run.add_stage(request_entry(name, rules, run.step))
+            run.take_course(run.course.with_next(request_entry(name, rules, run.step)))
         except CoppiceError as e:
             # Every rank judges the same words by the same rules.
             problem = str(e)

@@ -25,18 +25,19 @@ from train import random_state
 from train.checkpoint import Manifest, folder_bytes
 from train.config import RunSettings
 from train.console import Console
+from train.course import follow
 from train.data import DataStream, plan_segments
 from train.expansion import expand
-from train.guard import Guard, held_from, refuse_tripped, watch
+from train.guard import Guard, refuse_tripped, watch
 from train.persistence import Persistence
-from train.requests import RequestFolder, refuse_waiting, repeated_requests, take_request
+from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
 from train.settings import settings_to_dict, write_yaml
 from train.signals import StopRequest
 from train.stage import Stage, build_stage
 from train.step import evaluate, optimizer_step
 from train.tracking import Tracker, open_tracker
-from upcycle.course import Course, Entry, Past, plan_course
+from upcycle.course import Course
 from upcycle.plan import last_growth
 
 
@@ -133,7 +134,7 @@ class Run:
         source = run.persistence.find_start()
         manifest = run.persistence.check_start(source)
         number = manifest.stage if manifest else 0
-        run._follow(source, manifest)
+        follow(run, source, manifest)
         with layout.together("preparing run.dir"):
             if layout.rank == 0:
                 run.files.prepare()
@@ -144,33 +145,7 @@ class Run:
             run.persistence.load(source, manifest)
         return run, source, manifest
 
-    def _follow(self, source: Path | None, manifest: Manifest | None) -> None:
-        """Find the run's course: the stages behind its checkpoint, and those ahead as configured and requested.
-
-        Raises:
-            ConfigError: naming what does not fit the past, or cannot be built.
-        """
-        given, past, own = self.given, None, True
-        if manifest and source:
-            own = source.resolve().parent.parent == self.files.run_dir.resolve()
-            self.started_from = manifest.started_from if own else str(source.resolve())
-            past = Past.of(str(source), manifest.step, manifest.num_experts, manifest.plans, manifest.stages)
-        with self.layout.together("looking for what the guard left"):
-            held = held_from(self.files.run_dir)
-        step, tokens = (manifest.step, manifest.tokens) if manifest else (0, 0)
-        entered = past.entries if past else ()
-        course = plan_course(
-            given.resolved(step, tokens).upcycle.stages,
-            given.model.num_experts,
-            past,
-            requests=repeated_requests(self, step, [entry.rules for entry in entered]),
-            held_from=held,
-            on_load=None if given.run.resume in ("auto", "never") else given.upcycle.on_load,
-            expert_ranks=given.parallel.expert,
-        )
-        self._take_course(course)
-
-    def _take_course(self, course: Course) -> None:
+    def take_course(self, course: Course) -> None:
         """Follow a course from here on, if all of what is to come can be done.
 
         Raises:
@@ -187,18 +162,6 @@ class Run:
             except ConfigError as e:
                 raise ConfigError(f"{course.keys[number - 1]}: {e}") from None
         self.course, self.settings = course, settings
-
-    def add_stage(self, entry: Entry) -> None:
-        """Let a stage come next, before those that are configured.
-
-        Raises:
-            ConfigError: if it cannot be, alone or with those.
-        """
-        self._take_course(self.course.with_next(entry))
-
-    def leave_out_stages(self, kept: int) -> None:
-        """Forget every stage after the first `kept` ones."""
-        self._take_course(self.course.cut(kept))
 
     def enter_stage(self, plans: list[dict[str, Any]]) -> None:
         """Take note that the next stage holds the run's state now; `plans` are those of all stages entered."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from train.run_files import RunFiles
+from upcycle.plan import ExpansionPlan, LayerPlan
 
 TOKENS_PER_STEP = 8192
 JUMP = 0.06
@@ -24,9 +25,11 @@ SECONDS = {"plan": 0.05, "save": 0.42, "transform": 0.11, "rebuild": 0.9, "load"
 class _Maker:
     """State of a run being made up: its files, what is popular among experts, and when the present stage was born."""
 
-    def __init__(self, run_dir: Path, stages: list[tuple[int, int]], layers: int, greedy: bool, seed: int) -> None:
+    def __init__(
+        self, run_dir: Path, stages: list[tuple[int, int]], layers: int, greedy: bool, seed: int, ep_ranks: int
+    ) -> None:
         self.files = RunFiles(run_dir)
-        self.stages, self.layers, self.greedy = stages, layers, greedy
+        self.stages, self.layers, self.greedy, self.ep_ranks = stages, layers, greedy, ep_ranks
         self.rng = np.random.default_rng(seed)
         self.total = sum(steps for steps, _ in stages)
         self.stage, self.experts, self.step, self.born = 0, stages[0][1], 0, 0
@@ -66,7 +69,7 @@ class _Maker:
 
     def expand(self, after: int) -> None:
         before, loss = self.experts, self.loss() + 0.02
-        plan = make_plan(self.step, self.stage + 1, before, after, self.layers, self.greedy, self.rng)
+        plan = make_plan(self.step, self.stage + 1, before, after, self.layers, self.greedy, self.rng, self.ep_ranks)
         path = f"plans/step-{self.step:08d}.json"
         (self.files.run_dir / path).write_text(json.dumps(plan))
         self.evaluate(loss, None)
@@ -140,6 +143,7 @@ def make_run(
     finished: bool = True,
     every: int = 10,
     seed: int = 0,
+    ep_ranks: int = 1,
 ) -> RunFiles:
     """A run directory like a real one.
 
@@ -151,8 +155,9 @@ def make_run(
         finished: with a last checkpoint and a stop event.
         every: steps between records of expert load; evaluations are five times rarer.
         seed: of everything.
+        ep_ranks: expert-parallel ranks over which plans spread the copies of a family; 1 for none.
     """
-    maker = _Maker(run_dir, stages, layers, greedy, seed)
+    maker = _Maker(run_dir, stages, layers, greedy, seed, ep_ranks)
     maker.start()
     for i, (steps, experts) in enumerate(stages):
         if i:
@@ -168,8 +173,13 @@ def make_run(
     return maker.files
 
 
-def make_plan(step: int, stage: int, before: int, after: int, layers: int, greedy: bool, rng: Any) -> dict[str, Any]:
-    """A plan as `upcycle` writes it: uniform copies, or greedy ones after a random utility."""
+def make_plan(
+    step: int, stage: int, before: int, after: int, layers: int, greedy: bool, rng: Any, ep_ranks: int = 1
+) -> dict[str, Any]:
+    """A plan as `upcycle` writes it: uniform copies, or greedy ones after a random utility.
+
+    Expert-parallel ranks, if any, share the copies of a family out as evenly as they can (`placement: spread`).
+    """
     entries = []
     for layer in range(1, layers + 1):
         scores = rng.gamma(2.0, 1e-3, before)
@@ -178,25 +188,21 @@ def make_plan(step: int, stage: int, before: int, after: int, layers: int, greed
             copies = np.ones(before, dtype=int)
             for _ in range(after - before):
                 copies[np.argmax(scores / copies * (copies < 5))] += 1
+        parents = np.repeat(np.arange(before), copies).tolist()
+        if ep_ranks > 1:
+            # Dealt out like cards, so that siblings are on different ranks.
+            parents = [parent for rank in range(ep_ranks) for parent in parents[rank::ep_ranks]]
         entries.append(
-            {
-                "layer": layer,
-                "parents": np.repeat(np.arange(before), copies).tolist(),
-                "copies": copies.tolist(),
-                "scores": scores.tolist() if greedy else None,
-            }
+            LayerPlan(layer, tuple(parents), tuple(copies.tolist()), tuple(scores.tolist()) if greedy else None)
         )
-    return {
-        "format": 1,
-        "step": step,
-        "stage": stage,
-        "experts_before": before,
-        "experts_after": after,
-        "selection": {"rule": "greedy", "utility": "grad_norm"} if greedy else {"rule": "uniform"},
-        "placement": {"rule": "near"},
-        "optimizer_rule": "copy",
-        "bias_noise": 1e-3,
-        "seed": 1234,
-        "layers": entries,
-        "digest": "9f1c2e6a7b304d58",
-    }
+    return ExpansionPlan(
+        step=step,
+        stage=stage,
+        experts_before=before,
+        experts_after=after,
+        layers=tuple(entries),
+        selection={"rule": "greedy", "utility": "grad_norm"} if greedy else {"rule": "uniform"},
+        placement={"rule": "spread" if ep_ranks > 1 else "near"},
+        bias_noise=1e-3,
+        seed=1234,
+    ).to_dict()

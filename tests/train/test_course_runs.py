@@ -130,26 +130,26 @@ def test_a_request_that_cannot_be_is_refused_and_training_goes_on(corpus: Path, 
 
 # Replicas and routers that learn far too fast: the larger model falls apart while the small one learns well.
 _RUIN = (
-    f"upcycle.stages=[{{at_step: 3, {_GROW}, replica_lr_multiplier: 10000, router_lr_multiplier: 10000, "
+    f"upcycle.stages=[{{at_step: 8, {_GROW}, replica_lr_multiplier: 10000, router_lr_multiplier: 10000, "
     "lr_multiplier_steps: 100}]"
 )
-_WATCH = ["run.steps=7", "schedule.learning_rate=0.02", "evaluation.interval_steps=1", "upcycle.guard.evaluations=1",
+_WATCH = ["run.steps=11", "schedule=constant", "schedule.learning_rate=0.02", "evaluation.interval_steps=1", "upcycle.guard.evaluations=1",
           "upcycle.guard.max_increase=0.1"]  # fmt: skip
 
 
 def test_the_guard_stops_and_refuses_until_told_otherwise(corpus: Path, tmp_path: Path) -> None:
     base = _run(corpus, tmp_path / "run", _RUIN, *_WATCH)
-    message = r"stopped by the guard: after the expansion at step 3 .* or go back with run\.resume=.*step-00000003 "
+    message = r"stopped by the guard: after the expansion at step 8 .* or go back with run\.resume=.*step-00000008 "
     with pytest.raises(ExpansionError, match=message):
         run_distributed(train_in_turn, 2, [base])
     stopped = max(metrics(tmp_path / "run"))
-    assert 4 <= stopped < 7
+    assert 9 <= stopped < 11
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{stopped:08d}"
     with pytest.raises(ExpansionError, match=message):
         run_distributed(train_in_turn, 2, [base])
     assert max(metrics(tmp_path / "run")) == stopped
     run_distributed(train_in_turn, 2, [[*base, "upcycle.guard.action=off"]])
-    assert max(metrics(tmp_path / "run")) == 7
+    assert max(metrics(tmp_path / "run")) == 11
 
 
 def test_the_guard_returns_to_the_run_that_never_expanded(corpus: Path, tmp_path: Path) -> None:
@@ -159,13 +159,13 @@ def test_the_guard_returns_to_the_run_that_never_expanded(corpus: Path, tmp_path
     plain = _run(corpus, never, "upcycle.stages=[]", *_WATCH)
     run_distributed(train_in_turn, 2, [base, plain], timeout=400)
     (back,) = events(returned, "return")
-    assert back["details"]["num_experts"] == 8 and back["details"]["from_step"] >= 4
+    assert back["details"]["num_experts"] == 8 and back["details"]["from_step"] >= 9
     assert (returned / RETURNED).exists()
     assert _losses(returned) == _losses(never)
     assert _final(returned) == _final(never)
     # A kill right after the return: only the checkpoint before the expansion is left, and the stage stays out.
     for path in list_checkpoints(returned):
-        if path.name > "step-00000003":
+        if path.name > "step-00000008":
             shutil.rmtree(path)
     run_distributed(train_in_turn, 2, [base])
     assert _losses(returned) == _losses(never) and _final(returned) == _final(never)
