@@ -60,18 +60,19 @@ def join_job(timeout_seconds: int) -> bool:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    alone: dict[str, Any] = {}
     if "MASTER_PORT" not in os.environ:
         if os.environ["WORLD_SIZE"] != "1":
             raise LaunchError("MASTER_PORT is not set: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    _check_rendezvous()
+        # Nobody to meet: no port is needed, and the next job of this process can do the same.
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    else:
+        _check_rendezvous()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), **alone)
     except (dist.DistError, RuntimeError, ValueError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first = str(e).splitlines()[0]

@@ -284,7 +284,7 @@ def expand_offline(
     require_released(entries, old.step, str(source.path), "expanding it")
     if plan.experts_after == plan.experts_before:
         raise ExpansionError(f"the plan adds no experts to {source.path}: any layout reads that checkpoint as it is")
-    _check_plan(plan, source)
+    check_plan(plan, source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
     staging = output.with_name(f"{output.name}.partial")
@@ -324,7 +324,12 @@ def expand_offline(
     return manifest
 
 
-def _check_plan(plan: ExpansionPlan, source: Source) -> None:
+def check_plan(plan: ExpansionPlan, source: Source) -> None:
+    """Refuse a plan that was made for another place.
+
+    Raises:
+        ExpansionError: naming both.
+    """
     manifest = source.manifest
     told, here = (plan.step, plan.stage, plan.experts_before), (manifest.step, manifest.stage + 1, manifest.num_experts)
     if told != here:

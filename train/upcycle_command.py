@@ -217,7 +217,7 @@ def _read_plan(path: Path) -> ExpansionPlan:
 
 
 def _expand(arguments: argparse.Namespace) -> None:
-    from train.offline import expand_offline, open_source, plan_of_checkpoint
+    from train.offline import check_plan, expand_offline, open_source, plan_of_checkpoint
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -230,6 +230,7 @@ def _expand(arguments: argparse.Namespace) -> None:
     source, rules, chunk_bytes = open_source(path, overrides), _rules(arguments), _chunk_bytes(arguments)
     if arguments.plan:
         plan = _read_plan(arguments.plan)
+        check_plan(plan, source)
         _, entry = source.with_next(stage_from_dict({**rules_of(plan), **rules}, "the stage"))
     else:
         stage = stage_from_dict(rules, "the stage") if rules else source.next_rules()
