@@ -53,6 +53,8 @@ class Manifest:
     stages: list[dict[str, Any]] = field(default_factory=list)
     # What the guard of the last expansion has seen (`train/guard.py`).
     guard: dict[str, Any] | None = None
+    # An evaluation was due at this step, and a request to stop broke it off.
+    owes_evaluation: bool = False
     # Checkpoint of another run that this run began with.
     started_from: str | None = None
     # The configuration of the run that wrote it.

@@ -21,6 +21,7 @@ from parallel.redistribute import Redistribution
 from train import random_state
 from train.config import RunSettings
 from train.guard import Guard
+from train.signals import Stopping
 from train.step import run_micro_batches
 from train.switch import Clock, through_checkpoint, through_memory
 from upcycle.placement import contiguous
@@ -41,6 +42,7 @@ def expand(run: "Run") -> None:
     Raises:
         ExpansionError: if ranks disagree on the plan, a rank fails, or anything is not as the plan says afterwards. The
             stage before is complete in its checkpoint.
+        Stopping: on all ranks, if any was asked to stop before anything has moved, or during the evaluation afterwards.
     """
     clock, options = Clock(), run.settings.upcycle
     before_loss = run.evaluate()
@@ -52,6 +54,8 @@ def expand(run: "Run") -> None:
     if options.save_before or options.path == "checkpoint":
         with clock.act("save"):
             saved = run.persistence.save_unless_saved()
+    # From here on it is quicker to finish than to do it again.
+    run.stop.raise_if_agreed(run.layout)
     if before_loss is not None and plan.experts_after > plan.experts_before:
         run.guard = Guard(run.step, plan.stage, before_loss, saved.name if saved else None)
     moved: Redistribution | None = None
@@ -76,7 +80,12 @@ def _announce(
     Raises:
         ExpansionError: if exact mode did not keep the loss.
     """
-    after_loss = run.evaluate()
+    after_loss, stopping = None, False
+    try:
+        after_loss = run.evaluate()
+    except Stopping:
+        # What happened is to be told first; whoever resumes evaluates.
+        stopping = True
     if plan.mode == "exact" and before_loss is not None and after_loss is not None:
         # Rounding alone: the same tokens meet copies of the same weights.
         allowed = before_loss * (1e-3 if run.settings.run.precision == "bf16" else 1e-5)
@@ -109,6 +118,8 @@ def _announce(
     )
     what = f"expanded {plan.experts_before} -> {plan.experts_after} experts" if grown else "changed the layout"
     run.console.say(f"{what} in {pause:.1f} s, verified{change}")
+    if stopping:
+        raise Stopping
 
 
 def make_plan(run: "Run") -> ExpansionPlan:
@@ -202,14 +213,16 @@ def measure(run: "Run", rules: StageConfig) -> tuple[Amounts | None, Amounts | N
         return scores, None
     generators = random_state.capture()
     stage.load.reset()
-    if wants_gradients(rules):
-        scores = _gradient_scores(run, rules)
-    else:
-        # Nothing may change but the count of tokens: no gradients, and the routers' own counters are put back.
-        with torch.no_grad(), restored_counters(stage.moe_parts()):
-            _peek(run, rules.scoring_batches, forward_only=True)
+    try:
+        if wants_gradients(rules):
+            scores = _gradient_scores(run, rules)
+        else:
+            # Nothing may change but the count of tokens: no gradients, and the routers' own counters are put back.
+            with torch.no_grad(), restored_counters(stage.moe_parts()):
+                _peek(run, rules.scoring_batches, forward_only=True)
+    finally:
+        random_state.restore(generators)
     share_LE = stage.load.take(run.layout)
-    random_state.restore(generators)
     return scores, {number: row.tolist() for number, row in zip(stage.load.layer_numbers, share_LE, strict=True)}
 
 
@@ -222,6 +235,7 @@ def _batches(run: "Run", wanted: int) -> int:
 def _peek(run: "Run", wanted: int, *, forward_only: bool) -> None:
     """Run the batches that training will see next; they are not consumed."""
     for number in range(_batches(run, wanted)):
+        run.stop.raise_if_agreed(run.layout)
         first = run.samples + number * run.settings.data.global_batch_size
         run_micro_batches(run.stage, run.layout, run.data.peek(first), forward_only=forward_only)
 

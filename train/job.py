@@ -3,12 +3,13 @@
 import time
 from pathlib import Path
 
-from parallel.errors import CoppiceError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
 from train.data import open_corpora
 from train.report import summary_lines, write_report
 from train.run import Run
+from train.signals import StopRequest
+from train.status import tell_failure
 
 
 def run_settings(settings: RunSettings) -> str:
@@ -29,17 +30,19 @@ def run_settings(settings: RunSettings) -> str:
     joined = join_job(settings.parallel.timeout_seconds)
     try:
         layout = Layout.create(settings.parallel, settings.run.seed)
-        run = Run.open(settings, layout, corpora)
-        try:
-            reason = run.train()
-        except CoppiceError as e:
-            run.event("stop", reason="failed", error=str(e))
-            raise
-        finally:
-            run.close()
-        if layout.rank == 0:
+        # Before the run is opened: reading corpora and a checkpoint may take long.
+        with StopRequest(Path(settings.run.dir), layout.rank) as stop:
+            run = Run.open(settings, layout, corpora, stop)
+            try:
+                reason = run.train()
+            except BaseException as e:
+                tell_failure(run, e)
+                raise
+            finally:
+                run.close()
+        if run.layout.rank == 0:
             _report(Path(settings.run.dir))
-        layout.barrier()
+        run.layout.barrier()
     finally:
         leave_job(joined)
     return reason

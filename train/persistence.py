@@ -75,6 +75,12 @@ class Persistence:
         """The run's folder of checkpoints."""
         return CheckpointFolder(Path(self.settings.run.dir), self.layout, self.settings.checkpoint.keep_last)
 
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint of this run; rank 0 asks the disk."""
+        own = list_checkpoints(Path(self.settings.run.dir))
+        return own[-1] if own else None
+
     # ---- starting ---------------------------------------------------------------------------------------------------
 
     def find_start(self) -> Path | None:
@@ -188,6 +194,7 @@ class Persistence:
             run.seed_streams()
         run.plans = list(manifest.plans)
         run.guard = Guard(**manifest.guard) if manifest.guard else None
+        run.owes_evaluation = manifest.owes_evaluation
         # Fresh moments are all of one age.
         run.ages = OptimizerAges.from_dict(manifest.ages) if full else OptimizerAges()
         attach(run.ages, stage.optimizer, stage.chunks, self.layout)
@@ -247,6 +254,7 @@ class Persistence:
             plans=list(run.plans),
             stages=[entry.to_dict() for entry in run.course.entries[: run.course.begun]],
             guard=run.guard.to_dict() if run.guard else None,
+            owes_evaluation=run.owes_evaluation,
             started_from=run.started_from,
             config=settings_to_dict(run.given),
             ages=run.ages.to_dict(),

@@ -33,8 +33,9 @@ from train.persistence import Persistence
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
 from train.settings import settings_to_dict, write_yaml
-from train.signals import StopRequest
+from train.signals import Stopping, StopRequest
 from train.stage import Stage, build_stage
+from train.status import tell_status
 from train.step import evaluate, optimizer_step
 from train.tracking import Tracker, open_tracker
 from upcycle.course import Course
@@ -54,6 +55,8 @@ class Run:
         # As the user gave them; `settings` is what they mean on the run's course.
         self.given = settings
         self.settings = settings
+        # Nobody listens until the job hands over one that does.
+        self.stop = StopRequest(Path(settings.run.dir), layout.rank)
         self.course = Course(settings.model.num_experts, ())
         self.layout = layout
         self.corpora = corpora
@@ -71,6 +74,8 @@ class Run:
         self.started_from: str | None = None
         # Whether all ranks know that a request waits.
         self._asked = False
+        # Whether an evaluation that is due at this step was broken off by a request to stop.
+        self.owes_evaluation = False
         # What could not be written on this rank since the last step.
         self._unwritten: CoppiceError | None = None
         # Step and stage of the last evaluation, and its loss.
@@ -81,19 +86,20 @@ class Run:
         self.persistence: Persistence
 
     @classmethod
-    def open(cls, settings: RunSettings, layout: Layout, corpora: list[Any]) -> "Run":
+    def open(cls, settings: RunSettings, layout: Layout, corpora: list[Any], stop: StopRequest | None = None) -> "Run":
         """Prepare a fresh run, or resume one from a checkpoint, ready to train.
 
         Args:
             settings: checked settings.
             layout: process groups of the first stage; a run that is resumed in a later one changes them.
             corpora: opened corpora (`train.data.open_corpora`).
+            stop: hears requests to stop.
 
         Raises:
             CoppiceError: if the run directory is of another run, or a checkpoint cannot be used.
         """
         run, source, manifest = cls.restore(settings, layout, corpora)
-        layout = run.layout
+        layout, run.stop = run.layout, stop or run.stop
         refuse_tripped(run)
         with layout.together("writing config.yaml"):
             if layout.rank == 0:
@@ -110,6 +116,7 @@ class Run:
         )
         run._announce(source, manifest)
         run.persistence.check_space()
+        tell_status(run, "running")
         return run
 
     @classmethod
@@ -235,9 +242,9 @@ class Run:
     def event(self, name: str, **details: Any) -> None:
         """Record something that happened; rank 0 writes."""
         if self.layout.rank == 0:
-            self._write(lambda: self.files.append_event(name, self.step, **details))
+            self.write(lambda: self.files.append_event(name, self.step, **details))
 
-    def _write(self, act: Callable[[], None]) -> None:
+    def write(self, act: Callable[[], None]) -> None:
         """Write to the run directory on this rank alone; a failure is raised by all ranks together after the next step."""
         try:
             act()
@@ -251,19 +258,24 @@ class Run:
             Why it ended: finished, stop_at_step or requested.
         """
         run = self.settings.run
-        with StopRequest() as stop:
-            if self.guard is not None and not self.guard.losses:
-                # The job ended between an expansion and the evaluation that follows it.
+        try:
+            self.stop.raise_if_agreed(self.layout)
+            if self.owes_evaluation or (self.guard is not None and not self.guard.losses):
+                # The job ended before an evaluation that was due here.
                 self.evaluate()
             while self.step < run.steps:
                 if self.expansion_due():
                     expand(self)
-                stopping = self._one_step(stop)
+                stopping = self._one_step()
                 self._evaluate_if_due()
                 watch(self)
                 self.persistence.save_if_due()
-                if stopping or self.step == run.stop_at_step:
-                    return self._finish("requested" if stopping else "stop_at_step")
+                if stopping:
+                    raise Stopping
+                if self.step == run.stop_at_step:
+                    return self._finish("stop_at_step")
+        except Stopping:
+            return self._finish("requested")
         return self._finish("finished")
 
     def expansion_due(self) -> bool:
@@ -274,7 +286,7 @@ class Run:
         asked, self._asked = self._asked, False
         return asked and take_request(self)
 
-    def _one_step(self, stop: StopRequest) -> bool:
+    def _one_step(self) -> bool:
         """Train one step and record it; True if any rank was asked to stop."""
         began = time.perf_counter()
         batches = self.data.train(self.samples)
@@ -286,7 +298,7 @@ class Run:
         )
         loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
-        flags = [stop.name is not None, self._unwritten is not None, self._request_waits()]
+        flags = [self.stop.wanted(), self._unwritten is not None, self._request_waits()]
         sums = self.layout.sum_over_world(torch.cat([loss[None], torch.tensor(flags, device=loss.device).double()]))
         total, stopping, failed, asked = sums.tolist()
         self._asked = asked > 0
@@ -337,7 +349,7 @@ class Run:
             **load_figures(share_LE, self._parents()),
         }
         if self.layout.rank == 0:
-            self._write(lambda: self.files.append_metrics(record))
+            self.write(lambda: self.files.append_metrics(record))
             if share_LE.numel() and (self.step % self.settings.run.load_interval_steps == 0 or self.step == 1):
                 row = {
                     "step": self.step,
@@ -346,10 +358,11 @@ class Run:
                     "layers": list(self.stage.load.layer_numbers),
                     "share_LE": [[round(x, 6) for x in shares] for shares in share_LE.tolist()],
                 }
-                self._write(lambda: self.files.append_expert_load(row))
+                self.write(lambda: self.files.append_expert_load(row))
         self.tracker.log(self.step, record)
         if self.step % self.settings.run.log_interval_steps == 0 or self.step == 1:
             self.console.progress(record, self._next_event())
+            tell_status(self, "running")
 
     def _parents(self) -> list[list[int]] | None:
         """Parent of each expert at the last expansion, per MoE layer; None before any."""
@@ -368,14 +381,20 @@ class Run:
             self.evaluate()
 
     def evaluate(self) -> float | None:
-        """Validation loss now, recorded with the divergence of siblings; None without held-out text."""
+        """Validation loss now, recorded with the divergence of siblings; None without held-out text.
+
+        Raises:
+            Stopping: on all ranks, if any was asked to stop; a run that resumes here evaluates first.
+        """
         if not self.data.has_validation:
             return None
         if self._evaluated and self._evaluated[:2] == (self.step, self.stage.number):
             return self._evaluated[2]
         config = self.settings.evaluation
         self._let_go()
-        loss = evaluate(self.stage, self.layout, self.data, config.batches)
+        self.owes_evaluation = True
+        loss = evaluate(self.stage, self.layout, self.data, config.batches, self.stop)
+        self.owes_evaluation = False
         parents = dict(zip(self.stage.load.layer_numbers, self._parents() or (), strict=False))
         divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
         tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
@@ -392,14 +411,20 @@ class Run:
         size = folder_bytes(path) if self.layout.rank == 0 else 0
         self.event("checkpoint", path=str(path.relative_to(self.files.run_dir)), seconds=seconds, bytes=size)
         self.console.say(f"step {self.step}: checkpoint {path.name}, {size / 2**20:.1f} MiB in {seconds:.1f} s")
+        tell_status(self, "running")
 
     def _finish(self, reason: str) -> str:
         if reason == "finished":
             refuse_waiting(self, f"the run has finished at step {self.step}")
-        if self.settings.checkpoint.save_final or reason != "finished":
+        if self.step and (self.settings.checkpoint.save_final or reason != "finished"):
             self.persistence.save_unless_saved()
-        self.event("stop", reason=reason)
-        self.console.say(f"stopped after step {self.step}: {reason}")
+        asked = self.stop.told(self.layout) if reason == "requested" else None
+        self.event("stop", reason=reason, request=asked)
+        tell_status(self, "finished" if reason == "finished" else "stopped", reason=asked or reason, exit_code=0)
+        with self.layout.together("ending the run"):
+            if self.layout.rank == 0:
+                self.stop.clear()
+        self.console.say(f"stopped after step {self.step}: {asked or reason}")
         return reason
 
     def close(self) -> None:

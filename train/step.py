@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from parallel.layout import Layout
 from train.data import Batch, for_this_context_rank
+from train.signals import StopRequest
 from train.stage import Stage
 
 
@@ -79,13 +80,18 @@ def optimizer_step(stage: Stage, layout: Layout, batches: list[Batch]) -> tuple[
     return loss, float(grad_norm or 0.0)
 
 
-def evaluate(stage: Stage, layout: Layout, data: Any, batches: int) -> float:
-    """Validation loss in nats per token over the first `batches` global validation batches, equal on all ranks."""
+def evaluate(stage: Stage, layout: Layout, data: Any, batches: int, stop: StopRequest) -> float:
+    """Validation loss in nats per token over the first `batches` global validation batches, equal on all ranks.
+
+    Raises:
+        Stopping: on all ranks, between two batches, if any was asked to stop.
+    """
     for chunk in stage.wrapped:
         chunk.eval()
     total = torch.zeros((), dtype=torch.float64, device=layout.device)
     with torch.no_grad():
         for number in range(batches):
+            stop.raise_if_agreed(layout)
             total += run_micro_batches(stage, layout, data.validation(number), forward_only=True)
     for chunk in stage.wrapped:
         chunk.train()

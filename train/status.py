@@ -1,0 +1,81 @@
+"""How a run stands, for whoever supervises it: `RUN_DIR/status.json`, replaced as a whole, by rank 0.
+
+After a signal the exit code of torchrun says nothing, and a killed process leaves none: a batch script asks this file.
+
+    {"state": "running", "step": 120, "steps": 1000, "time": ..., "host": ..., "pid": ...}
+    {"state": "stopped", "reason": "SIGTERM", "exit_code": 0, ...}      start it again to go on
+    {"state": "finished", ...}                                          nothing is left to do
+    {"state": "failed", "reason": "...", "exit_code": 4, ...}
+
+`running` is written at the start, with every progress line and every checkpoint; one whose `time` is old was killed.
+"""
+
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.errors import CoppiceError, DataError
+
+if TYPE_CHECKING:
+    from train.run import Run
+
+STATUS = "status.json"
+STATES = ("running", "stopped", "finished", "failed")
+
+
+def write_status(run_dir: Path, state: str, step: int, steps: int, **details: Any) -> None:
+    """Replace the status file.
+
+    Args:
+        run_dir: of the run.
+        state: one of `STATES`.
+        step: optimizer steps made.
+        steps: of the whole run.
+        **details: what else there is to say, such as `reason` and `exit_code`.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    body = {"state": state, "step": step, "steps": steps, "time": now, "host": socket.gethostname(), "pid": os.getpid()}
+    path = run_dir / STATUS
+    staging = path.with_suffix(".tmp")
+    try:
+        staging.write_text(json.dumps({**body, **details}))
+        staging.replace(path)
+    except OSError as e:
+        raise DataError(f"{path}: cannot write ({e.strerror}): free space or check permissions") from None
+
+
+def tell_status(run: "Run", state: str, **details: Any) -> None:
+    """Say how a run stands; rank 0 writes."""
+    if run.layout.rank == 0:
+        newest = run.persistence.newest
+        details["checkpoint"] = newest.name if newest else None
+        run.write(lambda: write_status(run.files.run_dir, state, run.step, run.settings.run.steps, **details))
+
+
+def tell_failure(run: "Run", error: BaseException) -> None:
+    """Record why a run ends without having been asked to; on this rank alone, whatever else fails."""
+    known = isinstance(error, CoppiceError)
+    reason = str(error) if known else f"{type(error).__name__}: {error}"
+    run.event("stop", reason="failed", error=reason)
+    tell_status(run, "failed", reason=reason, exit_code=error.exit_code if isinstance(error, CoppiceError) else 1)
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """What the run last said; None where there is no run, or an older version's.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    path = run_dir / STATUS
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as e:
+        raise DataError(f"{path} is damaged ({e}): remove it") from None
