@@ -83,7 +83,6 @@ def rank_main(options: argparse.Namespace, mode: str, folder: Path) -> None:
     from train.expansion import expand
     from train.run import Run
     from train.settings import load_settings
-    from train.signals import StopRequest
 
     settings = load_settings(_overrides(options, mode, folder))
     joined = join_job(600)
@@ -93,24 +92,23 @@ def rank_main(options: argparse.Namespace, mode: str, folder: Path) -> None:
     )
     opened = time.time()
     found: dict[str, Any] = {"mode": mode, "start_seconds": imported - began, "open_seconds": opened - imported}
-    with StopRequest() as stop:
-        while run.step < _STEP:
-            run._one_step(stop)
-        if mode in ("live", "checkpoint"):
-            if mode == "checkpoint":
-                # The save belongs to this path; written here so that it can be told apart.
-                saving = time.time()
-                run.persistence.save_unless_saved()
-                found["save_seconds"] = time.time() - saving
-            run.evaluate()
-            with PeakMemory() as switching:
-                expand(run)
-            with PeakMemory() as training:
-                for _ in range(3):
-                    run._one_step(stop)
-            peaks = run.layout.gather_objects((switching.peak, training.peak))
-            found |= {"switch_peak": max(a for a, _ in peaks), "steady_peak": max(b for _, b in peaks),
-                      "peak_ratio": max(a / b for a, b in peaks)}  # fmt: skip
+    while run.step < _STEP:
+        run._one_step()
+    if mode in ("live", "checkpoint"):
+        if mode == "checkpoint":
+            # The save belongs to this path; written here so that it can be told apart.
+            saving = time.time()
+            run.persistence.save_unless_saved()
+            found["save_seconds"] = time.time() - saving
+        run.evaluate()
+        with PeakMemory() as switching:
+            expand(run)
+        with PeakMemory() as training:
+            for _ in range(3):
+                run._one_step()
+        peaks = run.layout.gather_objects((switching.peak, training.peak))
+        found |= {"switch_peak": max(a for a, _ in peaks), "steady_peak": max(b for _, b in peaks),
+                  "peak_ratio": max(a / b for a, b in peaks)}  # fmt: skip
     if run.layout.rank == 0:
         events = [json.loads(x) for x in (folder / mode / "events.jsonl").read_text().splitlines()]
         found["expansion"] = next((e["details"] for e in events if e["event"] == "expansion"), None)

@@ -63,7 +63,6 @@ def rank_main(model: str, pairs: int, block: int) -> None:
     from train.data import open_corpora
     from train.run import Run
     from train.settings import load_settings
-    from train.signals import StopRequest
 
     processes = int(os.environ["WORLD_SIZE"])
     settings = load_settings([
@@ -74,28 +73,27 @@ def rank_main(model: str, pairs: int, block: int) -> None:
     run = Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
     batches = [run.data.peek(i * settings.data.global_batch_size) for i in range(block)]
     ratios, bare_seconds, ours_seconds = [], [], []
-    with StopRequest() as stop:
-        for pair in range(pairs + 1):
-            times = {}
-            # The order alternates, so that neither side is always the first.
-            for side in ("bare", "ours") if pair % 2 else ("ours", "bare"):
-                run.layout.barrier()
-                began = time.perf_counter()
-                if side == "bare":
-                    # Counting expert load is part of our loop's cost.
-                    run.stage.load.remove()
-                    bare_steps(run.stage, run.layout, batches)
-                    run.stage.load.attach()
-                else:
-                    for _ in range(block):
-                        run._one_step(stop)
-                run.layout.barrier()
-                times[side] = (time.perf_counter() - began) / block
-            # The first pair warms up.
-            if pair:
-                ratios.append(times["ours"] / times["bare"])
-                bare_seconds.append(times["bare"])
-                ours_seconds.append(times["ours"])
+    for pair in range(pairs + 1):
+        times = {}
+        # The order alternates, so that neither side is always the first.
+        for side in ("bare", "ours") if pair % 2 else ("ours", "bare"):
+            run.layout.barrier()
+            began = time.perf_counter()
+            if side == "bare":
+                # Counting expert load is part of our loop's cost.
+                run.stage.load.remove()
+                bare_steps(run.stage, run.layout, batches)
+                run.stage.load.attach()
+            else:
+                for _ in range(block):
+                    run._one_step()
+            run.layout.barrier()
+            times[side] = (time.perf_counter() - began) / block
+        # The first pair warms up.
+        if pair:
+            ratios.append(times["ours"] / times["bare"])
+            bare_seconds.append(times["bare"])
+            ours_seconds.append(times["ours"])
     if run.layout.rank == 0:
         print("RESULT " + json.dumps({
             "ratio": statistics.median(ratios), "ratios": ratios, "bare_seconds": statistics.median(bare_seconds),
