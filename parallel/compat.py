@@ -17,7 +17,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import pickle
 import platform
 import warnings
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.cpu_runtime import install_cpu_runtime
 from parallel.errors import CheckpointError, ConfigError
+from parallel.stream_files import read_index
 
 Config = TypeVar("Config")
 
@@ -341,17 +341,37 @@ def _shapes_of(leaf: Any) -> dict[str, tuple[int, ...] | None]:
     return {leaf.key: None} if isinstance(leaf, ShardedObject) else {}
 
 
-def _read_metadata(directory: str) -> dict[str, Any]:
-    """What a checkpoint says of its contents. mcore's own reader fails on torch 2.15, which stores one field more.
+def require_complete(directory: str | os.PathLike[str]) -> None:
+    """Refuse a folder that is not a complete checkpoint: mcore writes `metadata.json` last.
 
-    mcore writes `metadata.json` last, so it marks a complete checkpoint.
+    Raises:
+        CheckpointError: naming the folder.
     """
     if not os.path.isfile(os.path.join(directory, "metadata.json")):
         raise CheckpointError(f"{directory} holds no complete checkpoint (metadata.json is missing)")
+
+
+def mark_complete(directory: str | os.PathLike[str]) -> None:
+    """Make a checkpoint that mcore loads out of files in torch's format (`parallel/stream_files.py`); no plain values.
+
+    They go into `common.pt`, as 0.16 keeps them; 0.19 reads it too where it finds one.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
     try:
-        return torch.distributed.checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:  # ValueError: a newer torch wrote it
-        raise CheckpointError(f"checkpoint {directory} cannot be read by torch {torch.__version__}: {error}") from error
+        torch.save({}, os.path.join(directory, "common.pt"))
+        save_config(CheckpointingConfig("torch_dist", 1), os.fspath(directory))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
+
+
+def _read_metadata(directory: str) -> dict[str, Any]:
+    """What a checkpoint says of its contents. mcore's own reader fails on torch 2.15, which stores one field more."""
+    require_complete(directory)
+    return read_index(directory).state_dict_metadata
 
 
 def _stored_shapes(directory: str) -> dict[str, tuple[int, ...] | None]:

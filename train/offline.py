@@ -18,7 +18,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from upcycle.stream import stream_expand, stream_weight_scores
 
 from parallel.compat import prepare_megatron
 from parallel.config import ParallelConfig
@@ -35,6 +34,7 @@ from train.switch import aged
 from upcycle.course import Course, Entry, Past, plan_course, require_released
 from upcycle.plan import ExpansionPlan
 from upcycle.stage_config import StageConfig, StageParallel
+from upcycle.stream import stream_expand, stream_weight_scores
 from upcycle.verify import verify_expansion
 
 Say = Callable[[str], None]

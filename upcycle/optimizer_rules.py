@@ -86,21 +86,25 @@ def _rule_for(plan: ExpansionPlan, rule: OptimizerRule) -> OptimizerRule:
     return rule if plan.experts_after > plan.experts_before else OptimizerRule()
 
 
-def rule_tensor(moment: str, tensor: torch.Tensor, plan: ExpansionPlan, layer: int | None, rule: OptimizerRule) -> None:
-    """Apply a rule to one whole tensor of an expanded checkpoint, in place; bit for bit what `apply_rule` does.
+def rule_tensor(
+    moment: str, tensor: torch.Tensor, plan: ExpansionPlan, layer: int | None, rule: OptimizerRule, first: int = 0
+) -> None:
+    """Apply a rule to a tensor of an expanded checkpoint, or rows of it, in place; bit for bit what `apply_rule` does.
 
     Args:
         moment: `exp_avg` or `exp_avg_sq`.
-        tensor: [M, ...] where it runs over experts.
+        tensor: [M, ...] where it runs over experts, or some consecutive rows, or a part of one.
         plan: the expansion.
         layer: number of the layer; None for a tensor that does not run over experts.
         rule: the rule.
+        first: new id of the tensor's first row.
     """
     rule = _rule_for(plan, rule)
     if layer is None:
         scale_by(tensor, other_factors(rule)[moment])
         return
-    for row, factor in enumerate(row_factors(plan.layer(layer), rule)[moment]):
+    factors = row_factors(plan.layer(layer), rule)[moment][first : first + tensor.shape[0]]
+    for row, factor in enumerate(factors):
         scale_by(tensor[row], factor)
 
 

@@ -1,13 +1,14 @@
 """The checkpoint path of an expansion: reads a sharded checkpoint of E experts, writes one of M.
 
-This is the slow, simple executor: the oracle that the live path must equal bit for bit, the offline command, and
-recovery. It knows tensors only by their checkpoint keys: weights, masters and both moments of an expert are all copied
-along the expert axis by the same index, everything else is carried over untouched. Ranks share the tensors out: each
-holds its part of the old and the new checkpoint in memory, and no tensor is read twice.
+This is the slow, simple executor: the oracle that the live path must equal bit for bit, and recovery. It knows tensors
+only by their checkpoint keys: weights, masters and both moments of an expert are all copied along the expert axis by the
+same index, everything else is carried over untouched. Ranks share the tensors out: each holds its part of the old and the
+new checkpoint in memory, and no tensor is read twice. `upcycle/stream.py` does the same in one process and bounded
+memory, with the functions here that know what a new row is.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,49 @@ def bias_noise(plan: ExpansionPlan, layer: LayerPlan) -> torch.Tensor:
     return torch.where(replicas, noise_M, torch.zeros(()))
 
 
+def parents_of(
+    key: str, shape: Sequence[int], plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]]
+) -> tuple[int, ...] | None:
+    """Which old row of a tensor each new row is a copy of, [M]; None for a tensor that does not run over experts.
+
+    Args:
+        key: checkpoint key, of a weight, buffer, master or moment.
+        shape: of the tensor in the smaller stage; experts on the first axis where it has them.
+        plan: the expansion.
+        experts: checkpoint key of a parameter -> {"layer", "kind"} (`model.sharded_state.expert_keys`).
+
+    Raises:
+        ExpansionError: if the tensor does not have E experts, or the plan does not know its layer.
+    """
+    _, parameter = parameter_of(key)
+    if parameter not in experts:
+        return None
+    if shape[0] != plan.experts_before:
+        raise ExpansionError(f"{key} has {shape[0]} experts, the plan starts from {plan.experts_before}")
+    return plan.layer(experts[parameter]["layer"]).parents
+
+
+def finish_rows(
+    key: str, copied: torch.Tensor, plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]], first: int = 0
+) -> torch.Tensor:
+    """What the larger stage holds in rows of a tensor that were copied from their parents.
+
+    Args:
+        key: checkpoint key, of a weight, buffer, master or moment.
+        copied: the new rows first, first + 1, ..., or a part of a row; may be changed in place.
+        plan: the expansion.
+        experts: checkpoint key of a parameter -> {"layer", "kind"}.
+        first: new id of the first row; means nothing where the tensor does not run over experts.
+    """
+    state, parameter = parameter_of(key)
+    layer = plan.layer(experts[parameter]["layer"]) if parameter in experts else None
+    if layer is not None and experts[parameter]["kind"] == "selection_bias" and state == "weight":
+        copied = copied + bias_noise(plan, layer)[first : first + copied.shape[0]].to(copied.dtype)
+    if state in MOMENTS:
+        rule_tensor(state, copied, plan, None if layer is None else layer.layer, plan.rule, first)
+    return copied
+
+
 def expand_tensor(
     key: str, old: torch.Tensor, plan: ExpansionPlan, experts: Mapping[str, Mapping[str, Any]]
 ) -> torch.Tensor:
@@ -50,20 +94,9 @@ def expand_tensor(
     Raises:
         ExpansionError: if the tensor does not have E experts, or the plan asks for what this executor cannot do.
     """
-    state, parameter = parameter_of(key)
-    if parameter not in experts:
-        if state in MOMENTS:
-            rule_tensor(state, old, plan, None, plan.rule)
-        return old
-    if old.shape[0] != plan.experts_before:
-        raise ExpansionError(f"{key} has {old.shape[0]} experts, the plan starts from {plan.experts_before}")
-    layer = plan.layer(experts[parameter]["layer"])
-    new = old.index_select(0, torch.tensor(layer.parents))
-    if experts[parameter]["kind"] == "selection_bias" and state == "weight":
-        new = new + bias_noise(plan, layer).to(new.dtype)
-    if state in MOMENTS:
-        rule_tensor(state, new, plan, layer.layer, plan.rule)
-    return new
+    parents = parents_of(key, old.shape, plan, experts)
+    copied = old if parents is None else old.index_select(0, torch.tensor(parents))
+    return finish_rows(key, copied, plan, experts)
 
 
 def share_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:

@@ -1,0 +1,456 @@
+"""Reads and writes the files of a torch_dist checkpoint piece by piece: one process, no process group, bounded memory.
+
+Why: loading and saving as mcore does it needs every tensor whole in some rank's memory. Here a caller names a box of a
+stored tensor and gets its bytes straight from where they lie in a file, and hands over new tensors a box at a time. Not
+torch's planner and writer for the latter: that writer keeps the last piece of every tensor until its file is complete.
+
+The format is torch's own: `.metadata` says which box of which tensor lies where in which `.distcp` file, and each box is
+an archive of `torch.save`. What mcore adds to make it a checkpoint of its own is in `parallel/compat.py`.
+
+How to use:
+
+    with StoredTensors(folder) as stored:
+        rows = stored.read("decoder.layers.0.mlp.router.weight", Box((4, 0), (2, 64)))
+    with TensorWriter(other) as writer:
+        for box in pieces((8, 64), 4, chunk_bytes):
+            writer.add(key, (8, 64), box, tensor)
+        writer.finish()
+"""
+
+import contextlib
+import importlib
+import io
+import math
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from parallel.errors import CheckpointError
+from parallel.regions import Box, intersect
+
+# Files are begun anew at this size, so that many ranks that load have many files to read from.
+_FILE_BYTES = 4 << 30
+_OPEN_FILES = 16
+# What torch.load raises on an archive that is damaged or not one.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads `.metadata`, which is a pickle, and lets it build nothing but torch's descriptions of stored tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name.isidentifier():
+            found = self._find(module, name)
+            if found is not None:
+                return found
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, which no index of tensors needs")
+
+    def _find(self, module: str, name: str) -> Any:
+        if module == "torch.distributed.checkpoint.metadata":
+            found = getattr(importlib.import_module(module), name, None)
+            return found if isinstance(found, type) and found.__module__ == module else None
+        if module == "torch":
+            found = getattr(torch, name, None)
+            return found if found is torch.Size or isinstance(found, torch.dtype) else None
+        if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
+            return _StorageInfo
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout  # type: ignore[attr-defined]
+        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
+            # Where it was written; Python 3.13 has another name for the module.
+            return getattr(importlib.import_module("pathlib"), name, None)
+        return None
+
+
+def read_index(directory: str | Path) -> Metadata:
+    """What `.metadata` says of a checkpoint's tensors and files. No code in it is run.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of a kind that this torch does not know.
+    """
+    try:
+        with open(Path(directory) / ".metadata", "rb") as file:
+            index = _IndexUnpickler(file).load()
+        if not isinstance(index, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(index).__name__}")
+    # A field that this torch does not know is a TypeError or an AttributeError, depending on its class.
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, IndexError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read by torch {torch.__version__}: {error}") from error
+    return index
+
+
+def pieces(shape: Sequence[int], itemsize: int, chunk_bytes: int) -> Iterator[Box]:
+    """Cut a tensor into boxes of at most `chunk_bytes` each, in the order of its elements, without gaps.
+
+    Rows of the first axis stay whole where one fits; a larger row is cut along the next axis, and so on. So each box is
+    a run of consecutive elements of the flattened tensor.
+
+    Args:
+        shape: of the tensor.
+        itemsize: bytes per element.
+        chunk_bytes: the limit; an element is never cut.
+    """
+    room = max(1, chunk_bytes // itemsize)
+    whole = tuple(shape)
+    if math.prod(whole) <= room:
+        yield Box((0,) * len(whole), whole)
+        return
+    row = math.prod(whole[1:])
+    if row <= room:
+        step, zeros = room // row, (0,) * (len(whole) - 1)
+        for first in range(0, whole[0], step):
+            yield Box((first, *zeros), (min(step, whole[0] - first), *whole[1:]))
+        return
+    for first in range(whole[0]):
+        for part in pieces(whole[1:], itemsize, chunk_bytes):
+            yield Box((first, *part.offset), (1, *part.shape))
+
+
+def first_element(shape: Sequence[int], box: Box) -> int:
+    """Position of a box's first element in the flattened tensor."""
+    position = 0
+    for size, offset in zip(shape, box.offset, strict=True):
+        position = position * size + offset
+    return position
+
+
+def _is_run(box: Box, shape: Sequence[int]) -> bool:
+    """Whether a box is a run of consecutive elements of the flattened tensor."""
+    cut = next((axis for axis, n in enumerate(box.shape) if n != 1), len(shape))
+    return tuple(box.shape[cut + 1 :]) == tuple(shape[cut + 1 :])
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+class _Window(io.RawIOBase):
+    """One archive inside a file of many."""
+
+    def __init__(self, file: io.RawIOBase, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view) or 0
+        self._at += count
+        return count
+
+
+class _Shard(NamedTuple):
+    """A stored box of a tensor, and the archive that holds it."""
+
+    box: Box
+    file: str
+    offset: int
+    length: int
+
+
+class StoredTensor(NamedTuple):
+    """Shape and type of a tensor in a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, read a box at a time.
+
+    Args:
+        directory: folder of a torch_dist checkpoint.
+
+    Attributes:
+        tensors: key -> shape and type, in the order in which they lie in the files.
+
+    Raises:
+        CheckpointError: if the index cannot be read, or a file is missing or shorter than the index says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        index = read_index(directory)
+        self._shards: dict[str, list[_Shard]] = {}
+        known: dict[str, StoredTensor] = {}
+        for key, stored in index.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata):
+                known[key] = StoredTensor(tuple(stored.size), stored.properties.dtype)
+                self._shards[key] = [self._shard(index, key, chunk) for chunk in stored.chunks]
+                if sum(shard.box.numel for shard in self._shards[key]) != math.prod(stored.size):
+                    raise CheckpointError(f"checkpoint {directory} does not hold all of {key}: use another checkpoint")
+        order = sorted(known, key=lambda key: min(((s.file, s.offset) for s in self._shards[key]), default=("", 0)))
+        self.tensors = {key: known[key] for key in order}
+        self._check_files()
+        self._open: dict[str, io.RawIOBase] = {}
+        # Where the elements of an archive begin in its file; None where they do not lie in order.
+        self._begins: dict[_Shard, int | None] = {}
+        self._last: tuple[_Shard, torch.Tensor] | None = None
+
+    def __enter__(self) -> "StoredTensors":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._last = None
+        self._close_files()
+
+    def _shard(self, index: Metadata, key: str, chunk: ChunkStorageMetadata) -> _Shard:
+        info = (index.storage_data or {}).get(MetadataIndex(key, chunk.offsets))
+        if info is None or getattr(info, "transform_descriptors", None):
+            raise CheckpointError(
+                f"checkpoint {self._directory} holds {key} in a form that cannot be read in pieces (compressed, or without "
+                "its place in a file): use a checkpoint that Coppice wrote"
+            )
+        return _Shard(Box(tuple(chunk.offsets), tuple(chunk.sizes)), info.relative_path, info.offset, info.length)
+
+    def _check_files(self) -> None:
+        """Before anything is done with the first of them."""
+        ends: dict[str, int] = {}
+        for shards in self._shards.values():
+            for shard in shards:
+                ends[shard.file] = max(ends.get(shard.file, 0), shard.offset + shard.length)
+        for name, end in ends.items():
+            path = self._directory / name
+            try:
+                size = path.stat().st_size
+            except OSError as e:
+                raise CheckpointError(f"{path} cannot be read ({e.strerror}): use another checkpoint") from None
+            if size < end:
+                raise CheckpointError(f"{path} is truncated, {size:,} of {end:,} bytes: use another checkpoint")
+
+    def _close_files(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _file(self, name: str) -> io.RawIOBase:
+        file = self._open.get(name)
+        if file is None:
+            if len(self._open) == _OPEN_FILES:
+                self._close_files()
+            # Unbuffered: reads are large, or go through a window's few headers.
+            file = self._open[name] = open(self._directory / name, "rb", buffering=0)  # noqa: SIM115
+        return file
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """A box of a tensor, shaped as the box.
+
+        Raises:
+            CheckpointError: as `read_into`.
+        """
+        tensor = torch.empty(box.shape, dtype=self.tensors[key].dtype)
+        self.read_into(key, box, tensor)
+        return tensor
+
+    def read_into(self, key: str, box: Box, target: torch.Tensor) -> None:
+        """Fill a tensor with a box of a stored one.
+
+        Memory: at most another `target`; a shard whose elements are stored out of order is read whole.
+
+        Args:
+            key: of the stored tensor.
+            box: any block of it.
+            target: contiguous, on CPU, of the box's shape and the stored type.
+
+        Raises:
+            CheckpointError: if a file cannot be read, or does not hold what the index says.
+        """
+        filled = 0
+        for shard in self._shards[key]:
+            common = intersect(shard.box, box)
+            if common is None:
+                continue
+            there = Box(tuple(c - s for c, s in zip(common.offset, shard.box.offset, strict=True)), common.shape)
+            here = target
+            for axis, (first, at, count) in enumerate(zip(box.offset, *common, strict=True)):
+                here = here.narrow(axis, at - first, count)
+            try:
+                self._read_shard(key, shard, there, here)
+            except _UNREADABLE as e:
+                path = self._directory / shard.file
+                why = str(e).splitlines()[0] if str(e) else type(e).__name__
+                raise CheckpointError(f"{path}: {key} cannot be read ({why}): use another checkpoint") from e
+            filled += common.numel
+        if filled != box.numel:
+            raise CheckpointError(f"checkpoint {self._directory} does not hold all of {key}: use another checkpoint")
+
+    def _read_shard(self, key: str, shard: _Shard, box: Box, target: torch.Tensor) -> None:
+        """Fill `target` with a box of a shard, counted from the shard's first element."""
+        begin = self._begin(key, shard)
+        if begin is None or not _is_run(box, shard.box.shape):
+            whole = self._whole(shard)
+            for axis, (first, count) in enumerate(zip(*box, strict=True)):
+                whole = whole.narrow(axis, first, count)
+            target.copy_(whole)
+            return
+        memory = target if target.is_contiguous() else torch.empty(box.shape, dtype=target.dtype)
+        file, view = self._file(shard.file), _bytes_of(memory)
+        file.seek(begin + first_element(shard.box.shape, box) * memory.element_size())
+        while len(view):
+            # The kernel gives at most 2 GiB at a time.
+            count = file.readinto(view)
+            if not count:
+                raise EOFError("the file ends early")
+            view = view[count:]
+        if memory is not target:
+            target.copy_(memory)
+
+    def _begin(self, key: str, shard: _Shard) -> int | None:
+        """Where a shard's elements begin in its file; None if they cannot be addressed there one by one."""
+        if shard not in self._begins:
+            # On the meta device torch reads the description and notes where the data would have come from.
+            tensor = self._load(shard, "meta")
+            if tuple(tensor.shape) != shard.box.shape or tensor.dtype != self.tensors[key].dtype:
+                raise ValueError(f"it holds {list(tensor.shape)} {tensor.dtype}, not {list(shard.box.shape)}")
+            begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+            if begin is not None and tensor.is_contiguous():
+                begin += shard.offset + tensor.storage_offset() * tensor.element_size()
+            else:
+                begin = None
+            self._begins[shard] = begin
+        return self._begins[shard]
+
+    def _whole(self, shard: _Shard) -> torch.Tensor:
+        """All of a shard; the last one is kept."""
+        if self._last is None or self._last[0] != shard:
+            # The old one goes first: there is room for one.
+            self._last = None
+            self._last = shard, self._load(shard, "cpu")
+        return self._last[1]
+
+    def _load(self, shard: _Shard, device: str) -> torch.Tensor:
+        window = _Window(self._file(shard.file), shard.offset, shard.length)
+        tensor: torch.Tensor = torch.load(cast(IO[bytes], window), map_location=device, weights_only=True)
+        return tensor
+
+
+class TensorWriter:
+    """Writes tensors a box at a time; nothing stays in memory. Complete once `finish` has returned.
+
+    Args:
+        directory: an existing folder.
+        file_bytes: size after which another file is begun.
+    """
+
+    def __init__(self, directory: Path, file_bytes: int = _FILE_BYTES) -> None:
+        self._directory, self._file_bytes = directory, file_bytes
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._results: list[WriteResult] = []
+        self._files = 0
+        self._file: io.BufferedWriter | None = None
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            # Left open by an error; what it could not flush is lost with it.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def add(self, key: str, shape: Sequence[int], box: Box, tensor: torch.Tensor) -> None:
+        """Write a box of a tensor.
+
+        Args:
+            key: of the whole tensor.
+            shape: of the whole tensor.
+            box: where this part lies in it; the boxes of a tensor must not overlap.
+            tensor: the part, on CPU, contiguous, alone in its memory.
+
+        Raises:
+            CheckpointError: if the disk is full, or fails.
+        """
+        properties = TensorProperties(dtype=tensor.dtype)
+        whole = self._tensors.setdefault(key, TensorStorageMetadata(properties, torch.Size(shape), []))
+        index = MetadataIndex(key, box.offset, len(whole.chunks))
+        whole.chunks.append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)))
+        with self._writing():
+            file = self._current()
+            offset = file.tell()
+            torch.save(tensor, file)
+            length = file.tell() - offset
+        info = _StorageInfo(os.path.basename(file.name), offset, length)
+        self._results.append(WriteResult(index, length, info))
+
+    def _current(self) -> io.BufferedWriter:
+        if self._file is not None and self._file.tell() >= self._file_bytes:
+            self._close()
+        if self._file is None:
+            # As torch names the files of rank 0.
+            self._file = open(self._directory / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115 (`_close` closes it)
+            self._files += 1
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def finish(self) -> None:
+        """Flush to disk and write the index.
+
+        Raises:
+            CheckpointError: if the disk is full, or fails, or a tensor is not complete.
+        """
+        for key, whole in self._tensors.items():
+            if sum(math.prod(chunk.sizes) for chunk in whole.chunks) != math.prod(whole.size):
+                raise CheckpointError(
+                    f"checkpoint {self._directory} was given only a part of {key}: it is not complete"
+                )
+        with self._writing():
+            self._close()
+            writer = FileSystemWriter(self._directory)
+            writer.set_up_storage_writer(True)
+            writer.finish(Metadata(state_dict_metadata=dict(self._tensors)), [self._results])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            # torch.save closes its archive on the way out, and what that raises hides the cause.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise CheckpointError(
+                f"checkpoint {self._directory} cannot be written ({cause.strerror or cause}): free space, or choose another "
+                "folder"
+            ) from error

@@ -1,0 +1,82 @@
+"""Boxes of stored tensors, read and written one by one; shards cut in any way, and stored out of order."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemReader
+
+from parallel.compat import checkpoint_tensors, mark_complete
+from parallel.errors import CheckpointError
+from parallel.regions import Box
+from parallel.stream_files import StoredTensors, TensorWriter, first_element, pieces, read_index
+from tests.distributed import run_distributed
+from tests.train.trainer import _tensor_digests
+from tests.upcycle import plans  # noqa: F401  (lifts hypothesis' deadline)
+
+_SHAPE = (4, 6, 5)
+
+
+def _write(folder: Path, tensor: torch.Tensor, boxes: list[Box], *, swapped: bool = False) -> None:
+    """Store a tensor under the key `t` in the given boxes; `swapped` ones have their last axes exchanged in memory."""
+    folder.mkdir()
+    with TensorWriter(folder, file_bytes=4000) as writer:
+        for box in boxes:
+            part = tensor[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))].clone()
+            if swapped:
+                part = part.transpose(-1, -2).contiguous().transpose(-1, -2)
+            writer.add("t", tuple(tensor.shape), box, part)
+        writer.finish()
+    mark_complete(folder)
+
+
+@given(
+    shape=st.lists(st.integers(1, 7), min_size=0, max_size=4),
+    itemsize=st.sampled_from([1, 2, 4, 8]),
+    chunk_bytes=st.integers(1, 300),
+)
+def test_pieces_follow_one_another(shape: list[int], itemsize: int, chunk_bytes: int) -> None:
+    position = 0
+    for box in pieces(shape, itemsize, chunk_bytes):
+        assert first_element(shape, box) == position
+        assert box.numel * itemsize <= max(chunk_bytes, itemsize)
+        position += box.numel
+    assert position == math.prod(shape)
+    # Rows stay whole where one fits.
+    if shape and math.prod(shape[1:]) * itemsize <= chunk_bytes:
+        assert all(box.shape[1:] == tuple(shape[1:]) for box in pieces(shape, itemsize, chunk_bytes))
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["in-order", "out-of-order"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+def test_any_box_of_shards_cut_in_any_way(dtype: torch.dtype, swapped: bool, tmp_path: Path) -> None:
+    tensor = torch.arange(math.prod(_SHAPE)).view(_SHAPE).to(dtype)
+    grid = [Box((a, 0, c), (2, 6, n)) for a in (0, 2) for c, n in ((0, 2), (2, 3))]
+    _write(tmp_path / "grid", tensor, grid, swapped=swapped)
+    wanted = [Box((0, 0, 0), _SHAPE), Box((1, 2, 1), (2, 3, 3)), Box((3, 5, 4), (1, 1, 1)), Box((0, 1, 0), (4, 2, 5))]
+    with StoredTensors(tmp_path / "grid") as stored:
+        assert stored.tensors["t"].shape == _SHAPE and stored.tensors["t"].nbytes == tensor.nbytes
+        for box in [*wanted, *pieces(_SHAPE, dtype.itemsize, 40)]:
+            expected = tensor[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))]
+            assert torch.equal(stored.read("t", box), expected)
+
+
+def test_mcore_and_torch_read_what_was_written(tmp_path: Path) -> None:
+    tensor = torch.randn(_SHAPE)
+    _write(tmp_path / "cut", tensor, list(pieces(_SHAPE, 4, 24)))
+    _write(tmp_path / "whole", tensor, [Box((0, 0, 0), _SHAPE)])
+    assert len(list((tmp_path / "cut").glob("*.distcp"))) > 2
+    assert checkpoint_tensors(str(tmp_path / "cut")) == {"t": (_SHAPE, torch.float32)}
+    cut, whole = (run_distributed(_tensor_digests, 1, str(tmp_path / name))[0] for name in ("cut", "whole"))
+    assert cut == whole
+    theirs, mine = FileSystemReader(tmp_path / "cut").read_metadata(), read_index(tmp_path / "cut")
+    assert theirs.state_dict_metadata == mine.state_dict_metadata and theirs.storage_data == mine.storage_data
+
+
+def test_a_part_of_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="was given only a part of t"):
+        _write(tmp_path / "part", torch.zeros(_SHAPE), [Box((0, 0, 0), (2, 6, 5))])
+    assert not (tmp_path / "part" / ".metadata").exists()
