@@ -4,27 +4,40 @@
     RUN_DIR/checkpoints/step-00000100-stage1/     the same step, expanded into stage 1
         tensors/        torch_dist: weights, masters, moments (any layout can read it)
         rng/            generator states per rank (read on the same layout only)
-        manifest.json   everything that is not a tensor; written last, so its presence means complete
+        manifest.json   everything that is not a tensor, and the size and digest of every file
+        complete.json   the digest of the manifest; written last, removed first: its presence means complete
 
 A checkpoint is written under a name ending in `.partial` and renamed when complete. A failed save never touches an older
-one.
+one. One run at a time may use the folder.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
+from train.checkpoint_files import MANIFEST, MARKER, broken_seal, digests, file_names, is_sealed, seal, written_by
+from train.config import CheckpointConfig
 
 FORMAT = 3
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The files are not those that were written.
+
+    Attributes:
+        problem: what is wrong, without the name of the checkpoint and the remedy.
+    """
+
+    def __init__(self, message: str, problem: str = "") -> None:
+        super().__init__(message)
+        self.problem = problem or message
 
 
 @dataclass
@@ -59,12 +72,22 @@ class Manifest:
     started_from: str | None = None
     # The configuration of the run that wrote it.
     config: dict[str, Any] = field(default_factory=dict)
+    # Every other file: size in bytes and SHA-256 (`train/checkpoint_files.py`).
+    files: dict[str, list[Any]] = field(default_factory=dict)
     # When optimizer state that is younger than Adam's step count began (`parallel/optimizer_ages.py`).
     ages: dict[str, Any] = field(default_factory=dict)
     tracker_id: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     format: int = FORMAT
+
+
+def _format(file: Path) -> Any:
+    """The format that a manifest names, whatever else is wrong with it; None if it names none."""
+    try:
+        return json.loads(file.read_text()).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def checkpoint_name(step: int, stage: int, expanded: bool) -> str:
@@ -74,11 +97,20 @@ def checkpoint_name(step: int, stage: int, expanded: bool) -> str:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first; of one step, the expanded one is newer."""
+    return [path for path in _named(run_dir) if is_sealed(path)]
+
+
+def unsealed(run_dir: Path) -> list[Path]:
+    """Folders that bear a checkpoint's final name and are not complete, oldest first."""
+    return [path for path in _named(run_dir) if not is_sealed(path)]
+
+
+def _named(run_dir: Path) -> list[Path]:
     root = run_dir / "checkpoints"
     found = []
     for path in root.iterdir() if root.is_dir() else []:
         match = _NAME.match(path.name)
-        if match and (path / MANIFEST).is_file():
+        if match:
             found.append((int(match[1]), int(match[2] or 0), path))
     return [path for _, _, path in sorted(found)]
 
@@ -87,15 +119,14 @@ def read_manifest(path: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        CheckpointError: if it is missing, unreadable or of an unknown format.
+        CheckpointError: if it is missing, unreadable or of an unknown format; a `DamagedCheckpoint` if it is not what was
+            written.
     """
     file = path / MANIFEST
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{file} cannot be read ({e}): use an older checkpoint") from None
+    problem = broken_seal(path)
+    if problem is not None and _format(file) in (None, FORMAT):
+        raise DamagedCheckpoint(f"checkpoint {path}: {problem}: use an older checkpoint", problem)
+    values = json.loads(file.read_text())
     if values.get("format") != FORMAT:
         writer = values.get("versions", {}).get("coppice", "of an unknown version")
         raise CheckpointError(
@@ -126,7 +157,7 @@ def resolve(run_dir: Path, resume: str) -> Path | None:
             )
         return None
     path = Path(resume)
-    if (path / MANIFEST).is_file():
+    if is_sealed(path):
         # By whatever name it was given, a checkpoint of this run is one of its own.
         return next((mine for mine in own if mine.samefile(path)), path)
     theirs = own if own and path.is_dir() and path.samefile(run_dir) else list_checkpoints(path)
@@ -154,11 +185,11 @@ def need_space(folder: Path, needed_bytes: int, what: str) -> None:
 class CheckpointFolder:
     """Reserve, publish and retire checkpoints of one run. Every method is called by all ranks."""
 
-    def __init__(self, run_dir: Path, layout: Layout, keep_last: int | None) -> None:
+    def __init__(self, run_dir: Path, layout: Layout, config: CheckpointConfig) -> None:
         self.run_dir = run_dir
         self.root = run_dir / "checkpoints"
         self.layout = layout
-        self.keep_last = keep_last
+        self.config = config
 
     def write(self, name: str, manifest: Manifest, needed_bytes: int, write_tensors: Callable[[Path], None]) -> Path:
         """Write one checkpoint under a staging name, then publish it by rename.
@@ -182,9 +213,16 @@ class CheckpointFolder:
             raise CheckpointError(f"checkpoint {final} could not be written: {e.strerror or e}") from e
         # Rank 0 renames the folder next; no rank may still be writing into it.
         self.layout.barrier()
+        mine: dict[str, list[Any]] = {}
+        with self.layout.together("reading a checkpoint back"):
+            try:
+                mine = digests(staging, written_by(file_names(staging), self.layout.rank))
+            except OSError as e:
+                raise CheckpointError(f"checkpoint {final} could not be read back: {e.strerror or e}") from e
+        files = {name: value for theirs in self.layout.gather_objects(mine) for name, value in theirs.items()}
         with self.layout.together("publishing a checkpoint"):
             if self.layout.rank == 0:
-                self._publish(staging, final, manifest)
+                self._publish(staging, final, manifest, files)
         return final
 
     def _prepare(self, staging: Path, needed_bytes: int, name: str) -> None:
@@ -197,12 +235,9 @@ class CheckpointFolder:
         except OSError as e:
             raise CheckpointError(f"run.dir={self.run_dir} cannot be written ({e.strerror}): choose another") from e
 
-    def _publish(self, staging: Path, final: Path, manifest: Manifest) -> None:
+    def _publish(self, staging: Path, final: Path, manifest: Manifest, files: dict[str, list[Any]]) -> None:
         try:
-            with open(staging / MANIFEST, "w") as file:
-                json.dump(asdict(manifest), file)
-                file.flush()
-                os.fsync(file.fileno())
+            seal(staging, manifest, dict(sorted(files.items())))
             if final.exists():
                 # A run continued with fresh moments, or without a manifest, writes the same step twice.
                 final.rename(free_name(final, "superseded"))
@@ -225,18 +260,21 @@ class CheckpointFolder:
         return [path.name for path in newer]
 
     def retire(self, kept_steps: set[int]) -> list[str]:
-        """Remove ordinary checkpoints beyond `keep_last`; those of `kept_steps` (around expansions) stay.
+        """Remove ordinary checkpoints beyond `keep_last`; those of `kept_steps` (around expansions) and every
+        `keep_every_steps` stay.
 
         Returns:
             Names of what was removed.
         """
         removed = []
         with self.layout.together("removing old checkpoints"):
-            if self.layout.rank == 0 and self.keep_last is not None:
-                ordinary = [p for p in list_checkpoints(self.run_dir) if int(p.name[5:13]) not in kept_steps]
-                for path in ordinary[: -self.keep_last]:
-                    # Without its manifest it is no checkpoint any more; what a network file system holds on to may stay.
-                    (path / MANIFEST).unlink()
+            if self.layout.rank == 0 and self.config.keep_last is not None:
+                steps = {path: int(path.name[5:13]) for path in list_checkpoints(self.run_dir)}
+                every = self.config.keep_every_steps
+                ordinary = [p for p, s in steps.items() if s not in kept_steps and not (every and s % every == 0)]
+                for path in ordinary[: -self.config.keep_last]:
+                    # Without its marker it is no checkpoint any more; what a network file system holds on to may stay.
+                    (path / MARKER).unlink()
                     shutil.rmtree(path, ignore_errors=True)
                     removed.append(path.name)
         return list(self.layout.from_rank_zero(removed))

@@ -178,10 +178,16 @@ class CheckpointConfig:
     interval_steps: int | None = 500
     # Ordinary checkpoints kept; those right before and after an expansion are kept for ever. null keeps all.
     keep_last: int | None = 2
+    # Checkpoints of steps that this divides are kept too; null keeps none of them.
+    keep_every_steps: int | None = None
     # Save the end of the run. Stops and expansions are saved always.
     save_final: bool = True
     # full, or model_only to accept a checkpoint without usable optimizer state knowingly.
     load: str = "full"
+    # With model_only: begin the schedule of the learning rate anew, at the step where the checkpoint stands.
+    reset_schedule: bool = False
+    # How deep the files of a checkpoint are checked before it is loaded: sizes, or digests (all contents, by all ranks).
+    verify: str = "digests"
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -191,7 +197,13 @@ class CheckpointConfig:
         """
         positive("checkpoint.interval_steps", self.interval_steps)
         positive("checkpoint.keep_last", self.keep_last)
+        positive("checkpoint.keep_every_steps", self.keep_every_steps)
         one_of("checkpoint.load", self.load, ("full", "model_only"))
+        one_of("checkpoint.verify", self.verify, ("sizes", "digests"))
+        if self.reset_schedule and self.load != "model_only":
+            raise ConfigError(
+                "checkpoint.reset_schedule=true needs checkpoint.load=model_only: a full load goes on with its schedule"
+            )
 
 
 @dataclass

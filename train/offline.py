@@ -6,13 +6,12 @@ saved. Rules that go by gradients or loads take the model over batches, as the j
 restored from the checkpoint into a folder that is thrown away.
 """
 
-import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from parallel.config import ParallelConfig
 from parallel.errors import CheckpointError, ConfigError, ExpansionError
 from parallel.layout import Layout, join_job, leave_job
 from parallel.optimizer_ages import OptimizerAges
-from train.checkpoint import MANIFEST, Manifest, list_checkpoints, need_space, read_manifest
+from train.checkpoint import Manifest, list_checkpoints, need_space, read_manifest
+from train.checkpoint_files import digests, file_names, is_sealed, seal, wrong_files
 from train.config import RunSettings
 from train.data import open_corpora
 from train.expansion import Amounts, decide, measure, wants_batches
@@ -103,7 +103,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    if (path / MANIFEST).is_file():
+    if is_sealed(path):
         return path
     own = list_checkpoints(path)
     if not own:
@@ -123,6 +123,10 @@ def open_source(path: Path, overrides: list[str]) -> Source:
     """
     path = find_checkpoint(path)
     manifest = read_manifest(path)
+    # What they hold is checked by whoever reads them: a load and an expansion compare every tensor with its fingerprint.
+    problem = wrong_files(path, manifest.files, "sizes")
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {path}: {problem}: use an older checkpoint")
     try:
         values = OmegaConf.merge(OmegaConf.create(manifest.config), OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as e:
@@ -310,10 +314,7 @@ def expand_offline(
             ages=ages.to_dict(),
             guard=None,
         )
-        with open(staging / MANIFEST, "w") as file:
-            json.dump(asdict(manifest), file)
-            file.flush()
-            os.fsync(file.fileno())
+        seal(staging, manifest, digests(staging, file_names(staging)))
         if output.exists():
             output.rmdir()
         staging.rename(output)

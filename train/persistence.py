@@ -7,9 +7,9 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from model.build import count_parameters, padded_vocab_size
+from model.build import count_parameters
 from model.fingerprint import first_difference, take_fingerprints
 from model.sharded_state import expert_keys, load_tensors, save_tensors
 from parallel.compat import versions
@@ -25,31 +25,16 @@ from train.checkpoint import (
     list_checkpoints,
     need_space,
     read_manifest,
-    resolve,
 )
 from train.config import RunSettings
 from train.data import Segment
 from train.guard import Guard
 from train.settings import settings_to_dict
+from train.start import model_identity
 from upcycle.optimizer_rules import attach
 
 if TYPE_CHECKING:
     from train.run import Run
-
-# Keys of the model group that may differ between a checkpoint and the run that continues it: they change how the
-# network is computed or trained, not which tensors it has or what they mean.
-_FREE = frozenset(
-    ("num_experts", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "capacity_factor",
-     "experts", "dispatcher", "recompute", "mcore")
-)  # fmt: skip
-
-
-def model_identity(settings: RunSettings, vocab_size: int) -> dict[str, Any]:
-    """What must be equal for a checkpoint to belong to a run, as dotted keys."""
-    values = {f"model.{k}": v for k, v in asdict(settings.model).items() if k not in _FREE}
-    values["run.precision"] = settings.run.precision
-    values["padded vocabulary"] = padded_vocab_size(settings.model, vocab_size)
-    return values
 
 
 class Persistence:
@@ -73,7 +58,7 @@ class Persistence:
     @property
     def folder(self) -> CheckpointFolder:
         """The run's folder of checkpoints."""
-        return CheckpointFolder(Path(self.settings.run.dir), self.layout, self.settings.checkpoint.keep_last)
+        return CheckpointFolder(Path(self.settings.run.dir), self.layout, self.settings.checkpoint)
 
     @property
     def newest(self) -> Path | None:
@@ -82,47 +67,6 @@ class Persistence:
         return own[-1] if own else None
 
     # ---- starting ---------------------------------------------------------------------------------------------------
-
-    def find_start(self) -> Path | None:
-        """The checkpoint to start from, agreed on by all ranks; nothing is written yet.
-
-        Raises:
-            CoppiceError: if run.resume names none, or run.dir holds a run that cannot be continued.
-        """
-        run = self.settings.run
-        found: Path | None = None
-        with self.layout.together("looking for a checkpoint"):
-            if self.layout.rank == 0:
-                found = resolve(Path(run.dir), run.resume)
-                # run.dir itself must be this run's even when the start comes from elsewhere.
-                own = list_checkpoints(Path(run.dir))
-                for path in {p for p in (found, own[-1] if own else None) if p}:
-                    self._check_identity(path, read_manifest(path))
-                if found and own and found.parent != own[-1].parent and self._began_with(own[-1], found):
-                    # The same command again: the run has come further since.
-                    found = own[-1]
-                if found and own and found.parent != own[-1].parent:
-                    raise CheckpointError(
-                        f"run.resume={run.resume} is of another run, but run.dir={run.dir} holds checkpoints of its own: "
-                        "choose another run.dir"
-                    )
-        start: Path | None = self.layout.from_rank_zero(found)
-        return start
-
-    def _check_identity(self, path: Path, manifest: Manifest) -> None:
-        mine = model_identity(self.settings, self.run.vocab_size)
-        for key in sorted(mine.keys() | manifest.model.keys()):
-            if mine.get(key) != manifest.model.get(key):
-                raise CheckpointError(
-                    f"checkpoint {path} is of another model: {key} was {manifest.model.get(key)} there and is "
-                    f"{mine.get(key)} here: choose another run.dir, or the settings it was made with"
-                )
-
-    def _began_with(self, own: Path, found: Path) -> bool:
-        """Whether this run, whose newest checkpoint is `own`, once began with `found` or with the run it is of."""
-        began = read_manifest(own).started_from
-        named = Path(self.settings.run.resume).resolve()
-        return began is not None and (began == str(found.resolve()) or Path(began).parent.parent == named)
 
     def check_start(self, source: Path | None) -> Manifest | None:
         """Read the manifest to resume from and check it against the length and the data of this run.
@@ -184,7 +128,8 @@ class Persistence:
         self.load_stage(path / "tensors", manifest.optimizer_step, full)
         if full:
             self.verify(path, manifest)
-        stage.scheduler.load_state_dict(manifest.scheduler)
+        if not self.settings.checkpoint.reset_schedule:
+            stage.scheduler.load_state_dict(manifest.scheduler)
         run.step, run.samples = manifest.step, manifest.data["samples"]
         if manifest.layout == self.layout.describe():
             with self.layout.together("loading generator states"):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -32,9 +32,11 @@ from train.guard import Guard, refuse_tripped, watch
 from train.persistence import Persistence
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
+from train.run_lock import lock_run
 from train.settings import settings_to_dict, write_yaml
 from train.signals import Stopping, StopRequest
 from train.stage import Stage, build_stage
+from train.start import find_start
 from train.status import tell_status
 from train.step import evaluate, optimizer_step
 from train.tracking import Tracker, open_tracker
@@ -74,6 +76,10 @@ class Run:
         self.started_from: str | None = None
         # Whether all ranks know that a request waits.
         self._asked = False
+        # Checkpoints that were passed over at the start, and why.
+        self.skipped: list[dict[str, str]] = []
+        # Keeps other jobs off the run directory.
+        self.lock: IO[str] | None = None
         # Whether an evaluation that is due at this step was broken off by a request to stop.
         self.owes_evaluation = False
         # What could not be written on this rank since the last step.
@@ -138,13 +144,14 @@ class Run:
         """
         run = cls(settings, layout, corpora)
         run.persistence = Persistence(run)
-        source = run.persistence.find_start()
+        source, run.skipped = find_start(run)
         manifest = run.persistence.check_start(source)
         number = manifest.stage if manifest else 0
         follow(run, source, manifest)
         with layout.together("preparing run.dir"):
             if layout.rank == 0:
                 run.files.prepare()
+                run.lock = lock_run(run.files.run_dir)
         layout = run.enter_layout(number)
         run.stage = build_stage(run.settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
         run._open_data(manifest)
@@ -232,6 +239,9 @@ class Run:
             versions=versions(),
             **counts,
         )
+        for passed in self.skipped:
+            self.event("checkpoint_skipped", **passed)
+            self.console.say(f"checkpoint {passed['checkpoint']} was passed over: {passed['problem']}")
         if manifest and source:
             self.event("resume", checkpoint=str(source), stage=manifest.stage, num_experts=manifest.num_experts)
             self.console.say(
@@ -432,3 +442,5 @@ class Run:
         self.tracker.close()
         if hasattr(self, "data"):
             self.data.close()
+        if self.lock is not None:
+            self.lock.close()

@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--chunk-mib", type=int, default=64, metavar="MIB", help="memory for a piece of a tensor (default 64)"
+        "--chunk-mib", type=int, default=16, metavar="MIB", help="memory for a piece of a tensor (default 16)"
     )
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
 from tests.distributed import run_distributed
-from tests.train.trainer import SMALL, metrics, small_corpus, train_in_turn
-from train.checkpoint import FORMAT, MANIFEST, list_checkpoints, resolve
+from tests.train.trainer import SMALL, metrics, rewrite_manifest, small_corpus, train_in_turn
+from train.checkpoint import FORMAT, list_checkpoints, resolve
+from train.checkpoint_files import MANIFEST, MARKER
 
 _SHORT = ["run.steps=2", "upcycle.stages=[]", "schedule.decay_steps=1"]
 
@@ -116,14 +117,18 @@ def test_another_corpus_is_refused(finished: Path, tmp_path: Path) -> None:
         run_distributed(train_in_turn, 1, [overrides])
 
 
-def test_a_checkpoint_without_its_manifest_is_not_one(finished: Path, tmp_path: Path) -> None:
-    """The manifest is written last: what a kill leaves behind is never taken for complete."""
+def test_a_checkpoint_without_its_marker_is_not_one(finished: Path, corpus: Path, tmp_path: Path) -> None:
+    """The marker is written last: what a kill leaves behind is never taken for complete, nor for nothing."""
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     (newest,) = list_checkpoints(copy)
-    (newest / MANIFEST).unlink()
+    (newest / MARKER).unlink()
     assert list_checkpoints(copy) == []
     assert resolve(copy, "auto") is None
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002: it is not a complete checkpoint: it has no complete\.json"
+    ):
+        run_distributed(train_in_turn, 1, [[*SMALL, *_SHORT, f"data.corpus={corpus}", f"run.dir={copy}"]])
     with pytest.raises(CheckpointError, match="neither auto, never"):
         resolve(copy, str(newest))
 
@@ -136,7 +141,7 @@ def test_changed_tensors_are_refused_by_name(finished: Path, corpus: Path, tmp_p
     manifest = json.loads((newest / MANIFEST).read_text())
     name = next(n for n in sorted(manifest["fingerprints"]) if n.startswith("exp_avg_sq/"))
     manifest["fingerprints"][name][0] += 1
-    (newest / MANIFEST).write_text(json.dumps(manifest))
+    rewrite_manifest(newest, fingerprints=manifest["fingerprints"])
     overrides = [*SMALL, *_SHORT, f"data.corpus={corpus}", f"run.dir={copy}"]
     with pytest.raises(CheckpointError, match=f"{name} is not what was saved".replace(".", r"\.")):
         run_distributed(train_in_turn, 2, [overrides])
@@ -151,7 +156,9 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_what_to_do(
     (newest,) = list_checkpoints(copy)
     manifest = json.loads((newest / MANIFEST).read_text())
     assert manifest["format"] == FORMAT
-    (newest / MANIFEST).write_text(json.dumps(manifest | {"format": 1, "versions": {"coppice": "0.0.1"}}))
+    rewrite_manifest(newest, format=1, versions={"coppice": "0.0.1"})
+    # Before there was a marker.
+    (newest / MARKER).unlink()
     overrides = [*SMALL, *_SHORT, f"data.corpus={corpus}", f"run.dir={copy}"]
     message = (
         rf"has format 1, written by coppice 0\.0\.1; this version reads format {FORMAT}: go on with .*another run\.dir"

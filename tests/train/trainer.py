@@ -55,6 +55,15 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == name]
 
 
+def rewrite_manifest(checkpoint: Path, **changes: Any) -> None:
+    """Change what a checkpoint says of itself, as whoever wrote it might have: the seal fits."""
+    from train.checkpoint_files import MANIFEST, MARKER
+
+    text = json.dumps(json.loads((checkpoint / MANIFEST).read_text()) | changes)
+    (checkpoint / MANIFEST).write_text(text)
+    (checkpoint / MARKER).write_text(json.dumps({"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}))
+
+
 def tensor_digests(checkpoint: Path) -> dict[str, str]:
     """Key -> SHA-256 of shape, dtype and bytes of every tensor in a checkpoint: what "bit for bit" means in these tests."""
     from tests.distributed import run_distributed

@@ -1,0 +1,205 @@
+"""Checkpoints that are not what was written are passed over by name, or refused; a run never starts from one, nor anew."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.errors import CheckpointError
+from tests.distributed import run_distributed
+from tests.train import corruptions
+from tests.train.trainer import SMALL, events, metrics, rewrite_manifest, small_corpus, train_in_turn
+from train.checkpoint import DamagedCheckpoint, list_checkpoints, read_manifest
+from train.checkpoint_files import MARKER, digests, file_names, written_by
+
+_CASES = 144
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def _run(corpus: Path, run_dir: Path, *more: str) -> list[str]:
+    return [*SMALL, "parallel.expert=2", f"data.corpus={corpus}", f"run.dir={run_dir}", "run.steps=4",
+            "upcycle.stages=[]", "checkpoint.interval_steps=1", "checkpoint.keep_last=9", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs of two ranks that differ by their seed, with a checkpoint of every step."""
+    root = tmp_path_factory.mktemp("runs")
+    jobs = [_run(corpus, root / name, f"run.seed={seed}") for name, seed in (("a", 1), ("b", 2))]
+    run_distributed(train_in_turn, 2, jobs, timeout=300)
+    return root / "a", root / "b"
+
+
+def _starts(overrides: list[str], cases: list[str]) -> list[tuple[str | None, list[dict[str, str]]]]:
+    """Where a run would start from in each of some run directories, and what it would pass over."""
+    from parallel.compat import prepare_megatron
+    from parallel.layout import Layout
+    from train.data import open_corpora
+    from train.run import Run
+    from train.settings import load_settings
+    from train.start import find_start
+
+    prepare_megatron()
+    found = []
+    layout = None
+    for case in cases:
+        settings = load_settings([*overrides, f"run.dir={case}"])
+        layout = layout or Layout.create(settings.parallel, 1)
+        path, skipped = find_start(Run(settings, layout, open_corpora(settings.data)))
+        found.append((path.name if path else None, skipped))
+    return found
+
+
+def test_every_corruption_is_named_and_passed_over(
+    runs: tuple[Path, Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of several checkpoints at once; what is left behind by a kill is no checkpoint at all."""
+    run, other = runs
+    rng = random.Random(5)
+    cases, expected = [], []
+    for number in range(_CASES):
+        corrupt = corruptions.ALL[number % len(corruptions.ALL)]
+        folder = tmp_path / str(number) / "checkpoints"
+        folder.mkdir(parents=True)
+        bad = 1 + (number % 5 == 4)
+        for path in list_checkpoints(run)[-3:]:
+            corruptions.copy_checkpoint(path, folder / path.name)
+        problems = []
+        for name in ("step-00000004", "step-00000003")[:bad]:
+            problems.append(corrupt(folder / name, other / "checkpoints" / name, rng))
+        # Another job died while it saved the next step.
+        corruptions.copy_checkpoint(run / "checkpoints" / "step-00000004", folder / "step-00000005.partial")
+        cases.append(str(folder.parent))
+        expected.append((corrupt.__name__, bad, problems))
+    results = run_distributed(_starts, 2, _run(corpus, tmp_path / "unused"), cases, timeout=400)
+    assert results[0] == results[1]
+    counts: dict[str, int] = {}
+    for (start, skipped), (name, bad, problems) in zip(results[0], expected, strict=True):
+        if not all(problems):  # two ranks' files with the same contents
+            continue
+        assert start == f"step-0000000{4 - bad}", (name, skipped)
+        assert [entry["checkpoint"] for entry in skipped] == ["step-00000004", "step-00000003"][:bad]
+        for entry, problem in zip(skipped, problems, strict=True):
+            assert re.search(problem, entry["problem"]), (name, entry)
+        counts[name] = counts.get(name, 0) + bad
+    assert sum(counts.values()) >= 150 and set(counts) == {c.__name__ for c in corruptions.ALL}
+    with capsys.disabled():
+        print(f"\n{sum(counts.values())} corruptions refused by name: {counts}")
+
+
+def test_a_run_goes_on_from_the_last_good_one(runs: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
+    """The events say what was passed over and why; the end is that of the undisturbed run, bit for bit."""
+    run, other = runs
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest, before = list_checkpoints(copy)[:-3:-1]
+    corruptions.flip_a_bit(newest, other, random.Random(0))
+    corruptions.empty_marker(before, other, random.Random(0))
+    run_distributed(train_in_turn, 2, [_run(corpus, copy, "run.seed=1")])
+    skipped = [event["details"] for event in events(copy, "checkpoint_skipped")]
+    assert [entry["checkpoint"] for entry in skipped] == ["step-00000004", "step-00000003"]
+    assert "is damaged" in skipped[0]["problem"]
+    assert {s: m["lm_loss"] for s, m in metrics(copy).items()} == {s: m["lm_loss"] for s, m in metrics(run).items()}
+    assert (
+        read_manifest(list_checkpoints(copy)[-1]).fingerprints == read_manifest(list_checkpoints(run)[-1]).fingerprints
+    )
+
+
+def test_nothing_whole_is_no_fresh_start(runs: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
+    run, other = runs
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for path in list_checkpoints(copy):
+        corruptions.cut(path, other, random.Random(1))
+    before = metrics(copy)
+    with pytest.raises(
+        DamagedCheckpoint, match=r"none of the 4 checkpoints in run\.dir=.* is whole; the newest, step-00000004: "
+    ):
+        run_distributed(train_in_turn, 2, [_run(corpus, copy, "run.seed=1")])
+    named = copy / "checkpoints" / "step-00000004"
+    with pytest.raises(
+        DamagedCheckpoint, match=r"checkpoint step-00000004: .* bytes instead of .*: use an older checkpoint"
+    ):
+        run_distributed(train_in_turn, 2, [_run(corpus, copy, "run.seed=1", f"run.resume={named}")])
+    assert metrics(copy) == before and len(list_checkpoints(copy)) == 4
+
+
+def test_sizes_alone_are_quick_and_see_less(runs: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
+    run, other = runs
+    folder = tmp_path / "case" / "checkpoints"
+    folder.mkdir(parents=True)
+    for path in list_checkpoints(run)[-2:]:
+        corruptions.copy_checkpoint(path, folder / path.name)
+    corruptions.flip_a_bit(folder / "step-00000004", other, random.Random(3))
+    base = _run(corpus, tmp_path / "unused")
+    (deep,) = run_distributed(_starts, 1, [*base, "parallel.expert=1"], [str(folder.parent)])[0]
+    (quick,) = run_distributed(
+        _starts, 1, [*base, "parallel.expert=1", "checkpoint.verify=sizes"], [str(folder.parent)]
+    )[0]
+    assert deep[0] == "step-00000003" and quick == ("step-00000004", [])
+
+
+def test_an_optimizer_that_was_started_anew_is_refused(runs: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
+    """The field's most repeated bug: everything loads, and the moments are zero."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs[0], copy)
+    newest = list_checkpoints(copy)[-1]
+    fingerprints: dict[str, Any] = read_manifest(newest).fingerprints
+    name = next(n for n in sorted(fingerprints) if n.startswith("exp_avg_sq/") and "experts" not in n)
+    rewrite_manifest(newest, fingerprints=fingerprints | {name: [0]})
+    message = f"has made 4 optimizer steps, but {name} is zero: .*checkpoint.load=model_only".replace(".", r"\.")
+    with pytest.raises(CheckpointError, match=message.replace(r"\.*", ".*")):
+        run_distributed(train_in_turn, 2, [_run(corpus, copy, "run.seed=1")])
+
+
+def test_files_are_told_apart_by_the_rank_that_wrote_them(runs: tuple[Path, Path]) -> None:
+    newest = list_checkpoints(runs[0])[-1]
+    names = file_names(newest)
+    assert sorted([*written_by(names, 0), *written_by(names, 1)]) == names
+    assert "tensors/.metadata" in written_by(names, 0) and "rng/rank-00001.pt" in written_by(names, 1)
+    assert any(name.startswith("tensors/__1_") for name in written_by(names, 1))
+    assert digests(newest, names) == read_manifest(newest).files
+    assert MARKER not in names
+
+
+def test_two_jobs_on_one_run_directory(corpus: Path, tmp_path: Path) -> None:
+    """The second is refused while the first runs, and not after it was killed."""
+    words = [*SMALL, f"data.corpus={corpus}", f"run.dir={tmp_path}", "run.steps=100000", "upcycle.stages=[]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(
+        [sys.executable, "-m", "train", *words], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.startswith("step "):
+                break
+        second = subprocess.run(
+            [sys.executable, "-m", "train", *words], capture_output=True, text=True, timeout=120, env=environment
+        )
+        assert second.returncode == 6
+        assert f"run.dir={tmp_path} is in use by process {first.pid} on " in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+    lines = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [x["event"] for x in lines].count("start") == 1
+    third = subprocess.run(
+        [sys.executable, "-m", "train", *words, "run.steps=30"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert third.returncode == 0, third.stderr

@@ -1,0 +1,57 @@
+"""One job at a time on a run directory: a lock that the system gives back whenever the process ends, however it ends."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from parallel.errors import DataError, LaunchError
+
+LOCK = "lock"
+# The file system has no locks; two jobs are then the user's care.
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def lock_run(run_dir: Path) -> IO[str] | None:
+    """Take the lock of a run directory, until the file that is returned is closed or the process ends.
+
+    Returns:
+        The open file; None where the file system has no locks.
+
+    Raises:
+        LaunchError: if another process holds it, naming that process.
+        DataError: if the folder cannot be written.
+    """
+    path = run_dir / LOCK
+    try:
+        file = open(path, "a+")  # noqa: SIM115 - held open on purpose
+    except OSError as e:
+        raise DataError(f"{path}: cannot write ({e.strerror}): choose another run.dir") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.seek(0)
+        holder = file.read()
+        file.close()
+        if e.errno in _UNSUPPORTED:
+            return None
+        raise LaunchError(
+            f"run.dir={run_dir} is in use by {_who(holder)}: wait for it, stop it, or choose another run.dir"
+        ) from None
+    file.truncate(0)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}))
+    file.flush()
+    return file
+
+
+def _who(holder: str) -> str:
+    try:
+        told = json.loads(holder)
+        return f"process {told['pid']} on {told['host']}, since {told['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another job"

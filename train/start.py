@@ -1,0 +1,164 @@
+"""Which checkpoint a run starts from: found, checked file by file by all ranks, and refused or passed over by name.
+
+`auto` takes the newest checkpoint of the run that is whole, and tells of every newer one why it was not taken. Where there
+are checkpoints and none is whole the run does not start: it never begins anew behind the back of its user.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.build import padded_vocab_size
+from parallel.errors import CheckpointError
+from parallel.optimizer_ages import OptimizerAges
+from train.checkpoint import DamagedCheckpoint, Manifest, list_checkpoints, read_manifest, resolve, unsealed
+from train.checkpoint_files import wrong_files
+from train.config import RunSettings
+
+if TYPE_CHECKING:
+    from train.run import Run
+
+# Keys of the model group that may differ between a checkpoint and the run that continues it: they change how the
+# network is computed or trained, not which tensors it has or what they mean. The number of experts has rules of its own
+# (`upcycle/course.py`).
+_FREE = frozenset(
+    ("num_experts", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "capacity_factor",
+     "experts", "dispatcher", "recompute", "mcore")
+)  # fmt: skip
+
+
+def model_identity(settings: RunSettings, vocab_size: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to belong to a run, as dotted keys."""
+    values = {f"model.{k}": v for k, v in asdict(settings.model).items() if k not in _FREE}
+    values["run.precision"] = settings.run.precision
+    values["padded vocabulary"] = padded_vocab_size(settings.model, vocab_size)
+    return values
+
+
+def find_start(run: "Run") -> tuple[Path | None, list[dict[str, str]]]:
+    """The checkpoint to start from, agreed on by all ranks; nothing is written yet.
+
+    Returns:
+        The checkpoint, None for a fresh start; and those that were passed over, with what is wrong with each.
+
+    Raises:
+        CoppiceError: if run.resume names none, run.dir holds a run that cannot be continued, or no checkpoint is whole.
+    """
+    candidates: list[Path] = []
+    with run.layout.together("looking for a checkpoint"):
+        if run.layout.rank == 0:
+            candidates = _candidates(run)
+    skipped: list[dict[str, str]] = []
+    for path in run.layout.from_rank_zero(candidates):
+        problem = examine(run, path)
+        if problem is None:
+            return path, skipped
+        skipped.append({"checkpoint": path.name, "problem": problem})
+    if not skipped:
+        return None, []
+    first = skipped[0]
+    if len(skipped) == 1:
+        raise DamagedCheckpoint(
+            f"checkpoint {first['checkpoint']}: {first['problem']}: use an older checkpoint (run.resume=PATH)"
+        )
+    raise DamagedCheckpoint(
+        f"none of the {len(skipped)} checkpoints in run.dir={run.settings.run.dir} is whole; the newest, "
+        f"{first['checkpoint']}: {first['problem']}: restore one, or start anew in another run.dir"
+    )
+
+
+def _candidates(run: "Run") -> list[Path]:
+    """What may be started from, the best first; one checkpoint where it was named."""
+    settings = run.settings.run
+    run_dir = Path(settings.dir)
+    own = list_checkpoints(run_dir)
+    if settings.resume == "auto":
+        if not own and unsealed(run_dir):
+            # Says that it is not complete, or of another format. A fresh start would be silent about it.
+            read_manifest(unsealed(run_dir)[-1])
+        return own[::-1]
+    found = resolve(run_dir, settings.resume)
+    if found is None:
+        return []
+    if own and found.parent != own[-1].parent:
+        if _began_with(own, found, settings.resume):
+            # The same command again: the run has come further since.
+            return own[::-1]
+        raise CheckpointError(
+            f"run.resume={settings.resume} is of another run, but run.dir={settings.dir} holds checkpoints of its own: "
+            "choose another run.dir"
+        )
+    return [found]
+
+
+def _began_with(own: Sequence[Path], found: Path, named: str) -> bool:
+    """Whether a run, whose checkpoints are `own`, once began with `found` or with the run it is of."""
+    for path in reversed(own):
+        try:
+            began = read_manifest(path).started_from
+        except DamagedCheckpoint:
+            continue
+        return began is not None and (
+            began == str(found.resolve()) or Path(began).parent.parent == Path(named).resolve()
+        )
+    return False
+
+
+def examine(run: "Run", path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are what was written; collective.
+
+    Raises:
+        CheckpointError: if it is whole, and of another model or format.
+    """
+    problem, manifest = None, None
+    with run.layout.together("checking the checkpoint"):
+        if run.layout.rank == 0:
+            try:
+                manifest = read_manifest(path)
+            except DamagedCheckpoint as e:
+                problem = e.problem
+            else:
+                check_identity(run, path, manifest)
+                check_moments(path, manifest)
+    files, problem = run.layout.from_rank_zero((manifest.files if manifest else {}, problem))
+    if problem is not None:
+        return str(problem)
+    level = run.settings.checkpoint.verify
+    found = run.layout.gather_objects(wrong_files(path, files, level, (run.layout.rank, run.layout.world_size)))
+    return next((problem for problem in found if problem is not None), None)
+
+
+def check_identity(run: "Run", path: Path, manifest: Manifest) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        CheckpointError: naming the first key that differs.
+    """
+    mine = model_identity(run.settings, run.vocab_size)
+    for key in sorted(mine.keys() | manifest.model.keys()):
+        if mine.get(key) != manifest.model.get(key):
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: {key} was {manifest.model.get(key)} there and is "
+                f"{mine.get(key)} here: choose another run.dir, or the settings it was made with"
+            )
+
+
+def check_moments(path: Path, manifest: Manifest) -> None:
+    """Refuse a checkpoint whose optimizer was started anew without a record of it: after steps, moments are not zero.
+
+    Only parameters that every token reaches are looked at: an expert without a token has no moments to speak of.
+
+    Raises:
+        CheckpointError: naming the first such parameter, and the flag to go on knowingly.
+    """
+    if manifest.optimizer_step == 0 or OptimizerAges.from_dict(manifest.ages).others[1] == manifest.optimizer_step:
+        return
+    for name, numbers in manifest.fingerprints.items():
+        state, key = name.split("/", 1)
+        # A tensor of zeros has the fingerprint 0 (`model/fingerprint.py`).
+        if state == "exp_avg_sq" and key not in manifest.experts and not any(numbers):
+            raise CheckpointError(
+                f"checkpoint {path} has made {manifest.optimizer_step} optimizer steps, but {name} is zero: its optimizer "
+                "was started anew: use an older checkpoint, or checkpoint.load=model_only to go on with fresh moments"
+            )
