@@ -12,7 +12,7 @@ PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup corpus demo test test-slow test-latest check bench report clean
+.PHONY: help setup corpus demo test test-slow test-latest check bench study-small report clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -62,6 +62,9 @@ bench: setup corpus  ## benchmarks/: every measured claim, side by side (about h
 	$(BIN)/python benchmarks/family_routing.py
 	$(BIN)/python benchmarks/live_switch.py
 	$(BIN)/python benchmarks/simulated_switch.py
+
+study-small: setup corpus  ## fixed E, grown, and fixed mE at the same tokens: gap closure and jumps (about 25 minutes)
+	$(BIN)/python benchmarks/study_small.py
 
 report: setup  ## redraw RUN/report.html
 	$(BIN)/python -m train.report $(RUN)

@@ -28,6 +28,7 @@ from train.report_plot import (
     step_ticks,
     token_axis,
 )
+from train.report_tree import draw_tree, has_tree, tree_caption
 
 MAX_ZOOMS = 3
 
@@ -49,6 +50,7 @@ def draw_all(record: RunRecord) -> list[ReportFigure]:
     diverges = any(evaluation.divergence for evaluation in record.evaluations)
     wanted: list[tuple[str, str, bool, Callable[[RunRecord, Canvas], Any], Callable[[RunRecord], str]]] = [
         ("loss", "Loss", True, _loss, _loss_caption),
+        ("family_tree", "Family tree of the experts", has_tree(record), draw_tree, tree_caption),
         ("expert_load_map", "Expert load over time", bool(record.loads), draw_load_map, load_map_caption),
         ("expert_load", "Balance of the experts", record.has("expert_load_max"), _balance, _balance_caption),
         ("divergence", "Sibling divergence", diverges, _divergence, _divergence_caption),

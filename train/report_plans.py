@@ -4,9 +4,10 @@ A plan that is missing, damaged, or of another expansion than the one that happe
 says what is wrong with it and draws the rest.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ExpansionError
@@ -48,6 +49,8 @@ def read_plan(files: RunFiles, step: int, before: int, after: int) -> tuple[dict
             raise ExpansionError("it holds no plan")
         plan = ExpansionPlan.from_dict(value)
         check_whole(plan)
+        if not plan.layers:
+            raise ExpansionError("it names no layer")
     except ExpansionError as error:
         return None, f"The plan plans/{path.name} is not used: {error}."
     recorded = f"{before} -> {after} experts after step {step}"
@@ -66,12 +69,14 @@ class Link:
         parents: layer number -> parent of each new expert, [M]; None where no plan tells.
         scores: layer number -> utility of each old expert, [E], where the rule had any.
         placement: the rule that decided the order.
+        problem: a sentence that says why no plan tells; empty where one does.
     """
 
     step: int
     parents: dict[int, list[int]] | None
-    scores: dict[int, list[float]]
-    placement: str
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    placement: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Tree:
     def segments(self) -> list[range]:
         """Runs of stages that known links join, as ranges of columns; a gap in the plans begins a new one."""
         starts = [0, *(i + 1 for i, link in enumerate(self.links) if link.parents is None), len(self.counts)]
-        return [range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [range(a, b) for a, b in itertools.pairwise(starts)]
 
     def founders(self, layer: int) -> list[list[int]]:
         """For each stage, which expert of the oldest stage in its segment each expert descends from."""
@@ -126,13 +131,20 @@ def family_tree(expansions: Sequence["Expansion"]) -> Tree | None:
     layers: list[int] = []
     links: list[Link] = []
     for i, expansion in enumerate(drawn):
-        # A count that does not follow from the one before means that an event is missing: nothing joins the two.
-        follows = i == 0 or drawn[i - 1].to_experts == expansion.from_experts
-        link = _link(expansion) if follows else Link(expansion.step, None, {}, "")
+        link = _link(expansion)
         known = list(link.parents or ())
-        if known and layers and known != layers:
-            link = Link(expansion.step, None, {}, "")
-        layers = layers or known
+        if i and drawn[i - 1].to_experts != expansion.from_experts:
+            # An event is missing in between, and with it a stage.
+            found = (
+                f"{drawn[i - 1].to_experts} experts do not lead to the {expansion.from_experts} before this expansion"
+            )
+            link = Link(expansion.step, None, problem=f"An expansion is missing: {found}.")
+        elif known and layers and known != layers:
+            link = Link(
+                expansion.step, None, problem="The plan of this expansion is of other layers than those before."
+            )
+        else:
+            layers = layers or known
         links.append(link)
     if not layers:
         return None
@@ -172,7 +184,7 @@ def _newest_known(links: Sequence[Link]) -> list[dict[int, list[int]]]:
 def _link(expansion: "Expansion") -> Link:
     plan = expansion.plan
     if plan is None:
-        return Link(expansion.step, None, {}, "")
+        return Link(expansion.step, None, problem=expansion.plan_problem)
     return Link(
         expansion.step,
         {entry["layer"]: entry["parents"] for entry in plan["layers"]},

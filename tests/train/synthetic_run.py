@@ -77,7 +77,7 @@ class _Maker:
         self.evaluate(loss + JUMP, 0.0)
         self.stage, self.experts, self.born = self.stage + 1, after, self.step
         self.event(
-            "expansion",
+            "expansion" if after > before else "layout_change",
             stage=self.stage,
             from_experts=before,
             to_experts=after,
@@ -149,7 +149,7 @@ def make_run(
 
     Args:
         run_dir: where to write it.
-        stages: (steps, experts) of each stage; 0 experts is a dense model.
+        stages: (steps, experts) of each stage; 0 experts is a dense model, the same number again a change of layout.
         layers: MoE layers.
         greedy: plans with unequal copies.
         finished: with a last checkpoint and a stop event.
@@ -189,7 +189,7 @@ def make_plan(
             for _ in range(after - before):
                 copies[np.argmax(scores / copies * (copies < 5))] += 1
         parents = np.repeat(np.arange(before), copies).tolist()
-        if ep_ranks > 1:
+        if ep_ranks > 1 and after > before:
             # Dealt out like cards, so that siblings are on different ranks.
             parents = [parent for rank in range(ep_ranks) for parent in parents[rank::ep_ranks]]
         entries.append(

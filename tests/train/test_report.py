@@ -27,11 +27,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "switch": (
         {"stages": [(120, 4), (100, 8)]},
-        {"loss", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
+        {"loss", "family_tree", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
     ),
     "several": (
         {"stages": [(60, 4), (50, 6), (50, 18)], "layers": 6, "greedy": True},
-        {"loss", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
+        {"loss", "family_tree", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
     ),
     "no_expansion": (
         {"stages": [(80, 4)]},
@@ -40,7 +40,7 @@ SHAPES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "dense": ({"stages": [(80, 0)]}, {"loss", "optimizer", "throughput"}),
     "three_steps": (
         {"stages": [(2, 4), (1, 8)], "every": 1, "finished": False},
-        {"loss", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
+        {"loss", "family_tree", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
     ),
     "one_step": (
         {"stages": [(1, 4)], "every": 1, "finished": False},
