@@ -12,7 +12,7 @@ PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup corpus demo test test-slow test-latest check bench study-small report clean
+.PHONY: help setup corpus demo test test-slow test-faults test-latest check bench study-small report clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -39,6 +39,9 @@ test: setup  ## the fast test suite (what CI runs)
 
 test-slow: setup  ## long proofs: every layout
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+test-faults: setup  ## hundreds of kills and corruptions of whole runs (about half an hour)
+	$(BIN)/python -m pytest tests/faults tests/train/test_corruption.py tests/train/test_stopping.py -m "faults or not slow"
 
 $(VENV312)/.ready: pyproject.toml constraints/py312.txt
 	@test -n "$(PYTHON312)" || { echo "error: Python 3.12 is not installed: install it, or name one with make PYTHON312=..." >&2; exit 1; }

@@ -17,6 +17,7 @@ from typing import TextIO
 from parallel.errors import LaunchError
 from train.run_files import RunFiles
 from train.settings import load_settings
+from train.signals import follow_parent
 
 # Log lines of torchrun's agent, such as "W1122 08:08:09.846000 32096 torch/distributed/run.py:874] ...".
 _AGENT_LOG = re.compile(r"[WEI]\d{4} [\d:.]+ +\d+ torch/distributed/")
@@ -104,7 +105,7 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     # A session of its own: Ctrl-C reaches this process alone, which passes it on.
     agent = subprocess.Popen(
         torchrun_command(processes, port, overrides),
-        env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=follow_parent,
     )  # fmt: skip
     asked: list[int] = []
 

@@ -65,6 +65,10 @@ def run_job(overrides: list[str]) -> str:
 def main() -> int:
     """Parse the command line, run, and turn errors into one line and an exit code."""
     faulthandler.enable()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from train.signals import follow_parent
+
+        follow_parent()
     arguments = sys.argv[1:]
     try:
         overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]

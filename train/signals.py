@@ -12,7 +12,9 @@ and whatever builds data before and after it.
                 break
 """
 
+import ctypes
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +26,17 @@ from parallel.layout import Layout
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE = "stop"
+
+
+def follow_parent() -> None:
+    """Let the system send this process SIGTERM when its parent dies; Linux only, elsewhere nothing.
+
+    Ranks whose agent was killed would train on with nobody to stop them or to notice that one of them has died; and an
+    agent whose launcher was killed would let them.
+    """
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 class Stopping(Exception):

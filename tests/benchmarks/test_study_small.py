@@ -61,7 +61,7 @@ def test_the_table_tells_what_did_not_recover() -> None:
     scale = study.Scale()
     results: dict[str, dict[int, dict[str, Any]]] = {
         arm.name: {
-            seed: {"final": 2.0 - 0.1 * (arm.experts > 4) - 0.05 * (arm.stage is not None) + 0.01 * seed}
+            seed: {"final": 2.0 - 0.1 * (arm.experts > 8) - 0.05 * (arm.stage is not None) + 0.01 * seed}
             | ({"jump": 0.1, "recovery_steps": 50 if seed == 1 else None} if arm.stage else {})
             for seed in (1, 2)
         }
