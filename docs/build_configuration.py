@@ -107,6 +107,9 @@ _UNITS = {
     "upcycle.transfer_chunk_mib": "MiB",
     "upcycle.guard.max_increase": "nats per token",
     "upcycle.guard.evaluations": "evaluations",
+    "checkpoint.keep_every_steps": "steps",
+    "health.spike_factor": "-",
+    "health.max_rollbacks": "times",
 }
 
 # Fields without a comment of their own, or whose comment speaks of several fields at once.

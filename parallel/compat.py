@@ -132,6 +132,12 @@ def use_experts(layer_spec: Any, experts_cls: type) -> None:
     moe_submodules(layer_spec).experts = experts_cls
 
 
+def gradient_memory(wrapped: Any) -> list[torch.Tensor]:
+    """The flat gradients of a chunk in mcore's DistributedDataParallel, dense and expert; empty ones left out."""
+    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+    return [buffer.grad_data for buffer in buffers if buffer.grad_data.numel()]
+
+
 def forget_models() -> None:
     """Empties what mcore keeps of models outside of them: it is sized by layers, or holds old process groups alive.
 

@@ -66,6 +66,8 @@ class Manifest:
     stages: list[dict[str, Any]] = field(default_factory=list)
     # What the guard of the last expansion has seen (`train/guard.py`).
     guard: dict[str, Any] | None = None
+    # What the last steps were like (`train/health.py`).
+    health: dict[str, Any] = field(default_factory=dict)
     # An evaluation was due at this step, and a request to stop broke it off.
     owes_evaluation: bool = False
     # Checkpoint of another run that this run began with.

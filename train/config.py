@@ -226,6 +226,34 @@ class EvaluationConfig:
 
 
 @dataclass
+class HealthConfig:
+    """What a run does about steps that go wrong (`train/health.py`)."""
+
+    # Bad steps in a row that are too many; before that, those that are not finite are skipped and counted.
+    bad_steps: int = 5
+    # A loss above this many times the mean of the window makes a step bad too; null: only what is not finite.
+    spike_factor: float | None = None
+    # Good steps in the window.
+    spike_window_steps: int = 50
+    # stop, or rollback: go back to the newest checkpoint from before them and train on without their samples.
+    action: str = "stop"
+    # Times that one job goes back before it stops.
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        for key in ("bad_steps", "spike_window_steps", "max_rollbacks"):
+            positive(f"health.{key}", getattr(self, key))
+        one_of("health.action", self.action, ("stop", "rollback"))
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ConfigError(f"health.spike_factor={self.spike_factor} must be above 1: every step would be a spike")
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases. JSONL in run.dir is the source of truth; the run never waits for a tracker."""
 
@@ -264,6 +292,7 @@ class RunSettings:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
 

@@ -21,6 +21,7 @@ from parallel.redistribute import Redistribution
 from train import random_state
 from train.config import RunSettings
 from train.guard import Guard
+from train.health import beyond
 from train.signals import Stopping
 from train.step import run_micro_batches
 from train.switch import Clock, through_checkpoint, through_memory
@@ -234,10 +235,12 @@ def _batches(run: "Run", wanted: int) -> int:
 
 def _peek(run: "Run", wanted: int, *, forward_only: bool) -> None:
     """Run the batches that training will see next; they are not consumed."""
-    for number in range(_batches(run, wanted)):
+    first, batch = run.samples, run.settings.data.global_batch_size
+    for _ in range(_batches(run, wanted)):
         run.stop.raise_if_agreed(run.layout)
-        first = run.samples + number * run.settings.data.global_batch_size
+        first = beyond(first, batch, run.skipped_data)
         run_micro_batches(run.stage, run.layout, run.data.peek(first), forward_only=forward_only)
+        first += batch
 
 
 def _gradient_scores(run: "Run", rules: StageConfig) -> dict[int, list[float]]:

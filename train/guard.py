@@ -11,7 +11,6 @@ A return is recorded in `RUN_DIR/returned.json` before anything else happens, so
 run that finds the file leaves out every configured stage from that step on.
 """
 
-import gc
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.errors import DataError, ExpansionError
 from train.checkpoint import read_manifest
+from train.health import go_back
 from train.requests import undo_requests
-from train.stage import build_stage
 from upcycle.config import GuardConfig
 
 if TYPE_CHECKING:
@@ -124,12 +123,8 @@ def _go_back(run: "Run", guard: Guard, reason: str) -> None:
             _record(run.files.run_dir, guard.step, run.step, reason)
             undo_requests(run, guard.step)
     run.take_course(run.course.cut(manifest.stage))
-    run.stage.release()
-    gc.collect()
-    layout = run.enter_layout(manifest.stage)
-    run.stage = build_stage(run.settings, manifest.stage, layout, run.vocab_size, manifest.plans)
     left = run.step
-    run.persistence.load(source, manifest)
+    go_back(run, source)
     run.event("return", from_step=left, checkpoint=str(source), num_experts=manifest.num_experts, reason=reason)
     run.console.say(
         f"went back from step {left} to {guard.checkpoint}: {manifest.num_experts} experts, state verified; no expansion "

@@ -29,6 +29,7 @@ from train.checkpoint import (
 from train.config import RunSettings
 from train.data import Segment
 from train.guard import Guard
+from train.health import Health
 from train.settings import settings_to_dict
 from train.start import model_identity
 from upcycle.optimizer_rules import attach
@@ -140,6 +141,7 @@ class Persistence:
         run.plans = list(manifest.plans)
         run.guard = Guard(**manifest.guard) if manifest.guard else None
         run.owes_evaluation = manifest.owes_evaluation
+        run.health = Health(**manifest.health)
         # Fresh moments are all of one age.
         run.ages = OptimizerAges.from_dict(manifest.ages) if full else OptimizerAges()
         attach(run.ages, stage.optimizer, stage.chunks, self.layout)
@@ -199,13 +201,14 @@ class Persistence:
             plans=list(run.plans),
             stages=[entry.to_dict() for entry in run.course.entries[: run.course.begun]],
             guard=run.guard.to_dict() if run.guard else None,
+            health=run.health.to_dict(),
             owes_evaluation=run.owes_evaluation,
             started_from=run.started_from,
             config=settings_to_dict(run.given),
             ages=run.ages.to_dict(),
             tracker_id=run.tracker.run_id,
             versions=versions(),
-            tokens=run.samples * self.settings.data.sequence_length,
+            tokens=run.tokens,
         )
 
     def needed_bytes(self, growth: float = 1.0) -> int:

@@ -4,7 +4,6 @@
 (`train/expansion.py` carries it out between two optimizer steps, on all ranks or none).
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,6 @@ import torch
 from model.build import count_parameters, experts_kind, transformer_config
 from model.divergence import sibling_divergence
 from model.family_routing import set_release
-from model.load import load_figures
 from parallel.compat import versions
 from parallel.errors import ConfigError, CoppiceError, DataError
 from parallel.layout import Layout
@@ -29,7 +27,9 @@ from train.course import follow
 from train.data import DataStream, plan_segments
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
+from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
 from train.persistence import Persistence
+from train.record import record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
 from train.run_lock import lock_run
@@ -76,6 +76,10 @@ class Run:
         self.started_from: str | None = None
         # Whether all ranks know that a request waits.
         self._asked = False
+        # What the last steps were like, what is left out of the training stream, and how often this job has gone back.
+        self.health = Health()
+        self.skipped_data: list[Stretch] = []
+        self.rollbacks = 0
         # Checkpoints that were passed over at the start, and why.
         self.skipped: list[dict[str, str]] = []
         # Keeps other jobs off the run directory.
@@ -154,6 +158,8 @@ class Run:
                 run.lock = lock_run(run.files.run_dir)
         layout = run.enter_layout(number)
         run.stage = build_stage(run.settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
+        with layout.together("looking for samples to leave out"):
+            run.skipped_data = read_skipped(run.files.run_dir)
         run._open_data(manifest)
         if manifest and source:
             run.persistence.load(source, manifest)
@@ -217,7 +223,12 @@ class Run:
         position = manifest.data["samples"] if manifest else 0
         done = manifest.step if manifest else 0
         known = self.persistence.known_segments(manifest)
-        segments = plan_segments(known, position + (run.steps - done) * data.global_batch_size, run.seed)
+        wanted = position + (run.steps - done) * data.global_batch_size
+        segments = plan_segments(known, wanted, run.seed)
+        if self.skipped_data:
+            # Made up for behind the rest, whose order stays. A stretch may cost a batch more than its own samples.
+            spare = sum(count + data.global_batch_size for _, count in self.skipped_data)
+            segments = plan_segments(segments, wanted + spare, run.seed)
         self.data = DataStream(
             data,
             self.corpora,
@@ -226,6 +237,11 @@ class Run:
             self.files.run_dir / "cache",
             self.settings.evaluation.batches * data.global_batch_size,
         )
+
+    def reopen_data(self, manifest: Manifest) -> None:
+        """Read from where a checkpoint stands, with what is left out since made up for at the end."""
+        self.data.close()
+        self._open_data(manifest)
 
     def _announce(self, source: Path | None, manifest: Manifest | None) -> None:
         counts = count_parameters(self.settings.model, self.stage.chunks, self.layout)
@@ -299,6 +315,8 @@ class Run:
     def _one_step(self) -> bool:
         """Train one step and record it; True if any rank was asked to stop."""
         began = time.perf_counter()
+        batch = self.settings.data.global_batch_size
+        self.samples = beyond(self.samples, batch, self.skipped_data)
         batches = self.data.train(self.samples)
         learning_rate, released = self.stage.optimizer.param_groups[0]["lr"], self._let_go()
         rate = self.settings.model.bias_update_rate
@@ -306,24 +324,27 @@ class Run:
         self.stage.chunks[0].config.moe_router_bias_update_rate = rate * self.settings.upcycle.bias_rate_factor(
             self.stage.number, self.step
         )
-        loss, grad_norm = optimizer_step(self.stage, self.layout, batches)
+        loss, grad_norm, made = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
         flags = [self.stop.wanted(), self._unwritten is not None, self._request_waits()]
         sums = self.layout.sum_over_world(torch.cat([loss[None], torch.tensor(flags, device=loss.device).double()]))
         total, stopping, failed, asked = sums.tolist()
         self._asked = asked > 0
+        seen = (self.samples, batch)
         self.step += 1
-        self.samples += self.settings.data.global_batch_size
+        self.samples += batch
         mean = total / (self.data.micro_batches * self.layout.data_size)
-        self._record(mean, grad_norm, learning_rate, released, time.perf_counter() - began, share_LE)
+        figures = {"lm_loss": mean, "grad_norm": grad_norm, "learning_rate": learning_rate, "released": released}
+        record_step(self, figures, time.perf_counter() - began, share_LE)
         if failed:
             raise self._unwritten or _quiet(DataError("run.dir cannot be written on rank 0"))
-        if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-            raise CoppiceError(
-                f"loss {mean} and gradient norm {grad_norm} at step {self.step}: resume from an earlier checkpoint with a "
-                "lower schedule.learning_rate or optimizer.clip_grad"
-            )
+        attend(self, self.health.judge(self.settings.health, self.step, mean, made, seen), seen)
         return stopping > 0
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen; samples that are left out do not count."""
+        return (self.samples - left_out(self.samples, self.skipped_data)) * self.settings.data.sequence_length
 
     def _request_waits(self) -> bool:
         """Whether this rank, which must be rank 0, sees a request that nobody has decided on."""
@@ -335,51 +356,12 @@ class Run:
         set_release(self.stage.chunks, fraction)
         return fraction
 
-    def _record(
-        self,
-        loss: float,
-        grad_norm: float,
-        learning_rate: float,
-        released: float,
-        seconds: float,
-        share_LE: torch.Tensor,
-    ) -> None:
-        tokens = self.settings.data.global_batch_size * self.settings.data.sequence_length
-        record: dict[str, Any] = {
-            "step": self.step,
-            "stage": self.stage.number,
-            "num_experts": self.stage.num_experts,
-            "tokens": self.samples * self.settings.data.sequence_length,
-            "lm_loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "released": released,
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            **load_figures(share_LE, self._parents()),
-        }
-        if self.layout.rank == 0:
-            self.write(lambda: self.files.append_metrics(record))
-            if share_LE.numel() and (self.step % self.settings.run.load_interval_steps == 0 or self.step == 1):
-                row = {
-                    "step": self.step,
-                    "stage": self.stage.number,
-                    "num_experts": self.stage.num_experts,
-                    "layers": list(self.stage.load.layer_numbers),
-                    "share_LE": [[round(x, 6) for x in shares] for shares in share_LE.tolist()],
-                }
-                self.write(lambda: self.files.append_expert_load(row))
-        self.tracker.log(self.step, record)
-        if self.step % self.settings.run.log_interval_steps == 0 or self.step == 1:
-            self.console.progress(record, self._next_event())
-            tell_status(self, "running")
-
-    def _parents(self) -> list[list[int]] | None:
+    def parents(self) -> list[list[int]] | None:
         """Parent of each expert at the last expansion, per MoE layer; None before any."""
         grown = last_growth(self.plans)
         return [layer["parents"] for layer in grown["layers"]] if grown else None
 
-    def _next_event(self) -> str:
+    def next_event(self) -> str:
         stages = self.settings.upcycle.stages[self.stage.number :]
         if stages:
             return f"{'expansion' if stages[0].grows() else 'layout change'} after step {stages[0].at_step}"
@@ -405,7 +387,7 @@ class Run:
         self.owes_evaluation = True
         loss = evaluate(self.stage, self.layout, self.data, config.batches, self.stop)
         self.owes_evaluation = False
-        parents = dict(zip(self.stage.load.layer_numbers, self._parents() or (), strict=False))
+        parents = dict(zip(self.stage.load.layer_numbers, self.parents() or (), strict=False))
         divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
         tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
         self.event("evaluation", valid_loss=loss, tokens=tokens, sibling_divergence=divergence)

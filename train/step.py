@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from parallel.compat import gradient_memory
 from parallel.layout import Layout
 from train.data import Batch, for_this_context_rank
 from train.signals import StopRequest
@@ -65,19 +66,30 @@ def run_micro_batches(stage: Stage, layout: Layout, batches: list[Batch], *, for
     return total
 
 
-def optimizer_step(stage: Stage, layout: Layout, batches: list[Batch]) -> tuple[torch.Tensor, float]:
-    """One step of training.
+def optimizer_step(stage: Stage, layout: Layout, batches: list[Batch]) -> tuple[torch.Tensor, float, bool]:
+    """One step of training; where loss or gradient are not finite on any rank, nothing is updated on all.
 
     Returns:
-        The rank's share of the loss (see `run_micro_batches`), and the global gradient norm before clipping.
+        The rank's share of the loss (see `run_micro_batches`), the global gradient norm before clipping (NaN for a step
+        that was skipped), and whether the step was made.
     """
     for chunk in stage.wrapped:
         chunk.zero_grad_buffer()
     stage.optimizer.zero_grad()
     loss = run_micro_batches(stage, layout, batches, forward_only=False)
+    bad = layout.sum_over_world(1.0 - _finite(stage, loss).double())
+    if bad.item():
+        return loss, float("nan"), False
     _, grad_norm, _ = stage.optimizer.step()
     stage.scheduler.step(increment=1)
-    return loss, float(grad_norm or 0.0)
+    return loss, float(grad_norm or 0.0), True
+
+
+@torch.no_grad()
+def _finite(stage: Stage, loss: torch.Tensor) -> torch.Tensor:
+    """Whether this rank's loss and all of its gradients are finite, as a scalar on the device: nothing waits for it."""
+    largest = [gradient.abs().max() for chunk in stage.wrapped for gradient in gradient_memory(chunk)]
+    return torch.isfinite(torch.stack([loss.to(torch.float32), *largest])).all()
 
 
 def evaluate(stage: Stage, layout: Layout, data: Any, batches: int, stop: StopRequest) -> float:

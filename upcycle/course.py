@@ -126,6 +126,10 @@ class Course:
         """After the next stage has begun."""
         return replace(self, begun=self.begun + 1)
 
+    def back_to(self, stages: int) -> "Course":
+        """With all but the first `stages` stages ahead again."""
+        return replace(self, begun=min(self.begun, stages))
+
     def cut(self, stages: int) -> "Course":
         """With the first `stages` stages only."""
         return replace(self, entries=self.entries[:stages], begun=min(self.begun, stages))
