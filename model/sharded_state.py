@@ -17,10 +17,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from model.build import moe_parts
-from parallel.compat import OPTIMIZER_METADATA, load_sharded, save_sharded
+from parallel.compat import OPTIMIZER_METADATA, load_sharded
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 from parallel.optimizer_state import allocate_state, chained, clear_moments, forget_step, set_step
+from parallel.sharded_save import SaveInProgress, begin_save
 
 OPTIMIZER_PREFIX = "optimizer.state."
 MASTER_PREFIX = "optimizer.state.param."
@@ -93,15 +94,35 @@ def _write_back(trees: list[Any], loaded: dict[str, Any]) -> None:
         node[path[-1]] = loaded["/".join(map(str, path))]
 
 
-def save_tensors(directory: Path, chunks: list[GPTModel], optimizer: Any, layout: Layout) -> None:
-    """Write weights, buffers, masters and moments; collective over all ranks.
+def begin_save_tensors(
+    directory: Path, chunks: list[GPTModel], optimizer: Any, layout: Layout, *, copy: bool
+) -> SaveInProgress:
+    """Begin to write weights, buffers, masters and moments; collective over all ranks.
+
+    Args:
+        directory: for the tensors.
+        chunks: bare model chunks.
+        optimizer: their optimizer.
+        layout: of both.
+        copy: take copies in host memory, so that training may go on while they are written.
 
     Raises:
         CheckpointError: if the folder cannot be written.
     """
     state = model_state(chunks, layout)
     state["optimizer"] = _flatten(optimizer_state(optimizer, dict(state), layout, loading=False))
-    save_sharded(state, str(directory), parallel_group=layout.groups.dp_cp)
+    return begin_save(state, str(directory), parallel_group=layout.groups.dp_cp, copy=copy)
+
+
+def save_tensors(directory: Path, chunks: list[GPTModel], optimizer: Any, layout: Layout) -> None:
+    """Write weights, buffers, masters and moments; collective over all ranks.
+
+    Raises:
+        CheckpointError: if the folder cannot be written.
+    """
+    save = begin_save_tensors(directory, chunks, optimizer, layout, copy=False)
+    save.write()
+    save.finish()
 
 
 def load_tensors(

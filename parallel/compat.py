@@ -184,84 +184,6 @@ def make_transformer_config(cls: type[Config], **fields: Any) -> Config:
         raise ConfigError(f"megatron-core refuses this model: {error}") from error
 
 
-@functools.cache
-def _synchronous_strategy() -> Any:
-    """mcore's torch_dist format, written by torch's own checkpoint writer in this process.
-
-    mcore's writer is made for asynchronous saves: it starts a multiprocessing manager per rank (3 s of imports at the
-    first save, left behind if the rank is killed), 0.16.1 forks a process per file, and both need psutil.
-    """
-    from megatron.core.dist_checkpointing.strategies.torch import (
-        MCoreSavePlanner,
-        TorchDistSaveShardedStrategy,
-        _replace_state_dict_keys_with_sharded_keys,
-        mcore_to_pyt_state_dict,
-    )
-
-    class SynchronousSave(TorchDistSaveShardedStrategy):
-        def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
-            by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-            torch.distributed.checkpoint.save(
-                mcore_to_pyt_state_dict(by_key, False),
-                storage_writer=torch.distributed.checkpoint.FileSystemWriter(checkpoint_dir),
-                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            )
-
-    return SynchronousSave("torch_dist", 1)
-
-
-def save_sharded(
-    sharded_state_dict: dict[str, Any],
-    directory: str,
-    *,
-    parallel_group: torch.distributed.ProcessGroup | None = None,
-) -> None:
-    """Writes a sharded state dict as a torch_dist checkpoint; returns when all ranks have written.
-
-    Args:
-        sharded_state_dict: `ShardedTensor`s and `ShardedObject`s of mcore, and plain values (rank 0's are written).
-            Its factories are replaced by what they build.
-        directory: where to write, on storage that all ranks see; created if need be. What is in it is overwritten.
-        parallel_group: data-parallel group that shares out the writing of what its ranks hold alike; without one
-            the main replica of each tensor writes it.
-
-    Raises:
-        CheckpointError: on all ranks, if the shards of some tensor do not fit together, or a rank cannot make the
-            directory or write its shards.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-
-    sharded, _ = save_preprocess(sharded_state_dict, False)
-    _check_shards(sharded, directory)
-    strategy = _synchronous_strategy()
-    if parallel_group is not None:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
-    with _together():
-        try:
-            os.makedirs(directory, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
-    try:
-        dist_checkpointing.save(sharded_state_dict, directory, strategy, validate_access_integrity=False)
-    except torch.distributed.checkpoint.CheckpointException as error:  # torch raises it on all ranks
-        raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
-
-
-def _check_shards(sharded: dict[str, Any], directory: str) -> None:
-    """Raises on all ranks if the main replicas do not cover every tensor exactly once; mcore raises on rank 0 only."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-
-    _, everyones = determine_global_metadata(sharded)
-    with _together():
-        try:
-            validate_sharding_integrity(everyones)
-        except CheckpointingException as error:
-            raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
-
-
 def load_sharded(
     sharded_state_dict: dict[str, Any], directory: str, *, strict: bool = True
 ) -> tuple[dict[str, Any], set[str], set[str]]:
@@ -284,7 +206,7 @@ def load_sharded(
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 
-    with _together():
+    with agreed():
         stored = _stored_shapes(directory)
     asked = _asked_by_all(sharded_state_dict)
     missing, unexpected = asked.keys() - stored.keys(), stored.keys() - asked.keys()
@@ -300,7 +222,7 @@ def load_sharded(
         _, sharded_state_dict = extract_matching_values(
             sharded_state_dict, lambda leaf: bool(_shapes_of(leaf).keys() & missing)
         )
-    with _together():
+    with agreed():
         try:
             state = dist_checkpointing.load(sharded_state_dict, directory)
         except (OSError, CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
@@ -309,7 +231,7 @@ def load_sharded(
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def agreed() -> Iterator[None]:
     """Raises on every rank what any rank raises inside: 0.19 reads without telling the other ranks of a failure."""
     failure: CheckpointError | None = None
     try:

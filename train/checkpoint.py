@@ -14,7 +14,7 @@ one. One run at a time may use the folder.
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,25 +205,65 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if there is no room or the disk fails; older checkpoints are untouched.
         """
-        staging, final = self.root / f"{name}.partial", self.root / name
-        with self.layout.together("preparing a checkpoint"):
-            if self.layout.rank == 0:
-                self._prepare(staging, needed_bytes, name)
+        staging = self.reserve(name, needed_bytes)
         try:
             write_tensors(staging)
         except OSError as e:
-            raise CheckpointError(f"checkpoint {final} could not be written: {e.strerror or e}") from e
-        # Rank 0 renames the folder next; no rank may still be writing into it.
+            raise CheckpointError(f"checkpoint {name} could not be written: {e.strerror or e}") from e
+        # No rank may still be writing when another lists the files.
         self.layout.barrier()
         mine: dict[str, list[Any]] = {}
         with self.layout.together("reading a checkpoint back"):
-            try:
-                mine = digests(staging, written_by(file_names(staging), self.layout.rank))
-            except OSError as e:
-                raise CheckpointError(f"checkpoint {final} could not be read back: {e.strerror or e}") from e
-        files = {name: value for theirs in self.layout.gather_objects(mine) for name, value in theirs.items()}
+            mine = self.read_back(name)
+        return self.publish(name, manifest, mine)
+
+    def reserve(self, name: str, needed_bytes: int) -> Path:
+        """Make the staging folder of a checkpoint, if there is room for it.
+
+        Args:
+            name: folder name.
+            needed_bytes: estimate, checked before anything is written.
+
+        Raises:
+            CheckpointError: if there is no room or the disk fails.
+        """
+        staging = self.root / f"{name}.partial"
+        with self.layout.together("preparing a checkpoint"):
+            if self.layout.rank == 0:
+                self._prepare(staging, needed_bytes, name)
+        return staging
+
+    def read_back(self, name: str) -> dict[str, list[Any]]:
+        """Sizes and digests of the files that this rank has written; no collectives.
+
+        Raises:
+            CheckpointError: if one cannot be read.
+        """
+        staging = self.root / f"{name}.partial"
+        try:
+            return digests(staging, written_by(file_names(staging), self.layout.rank))
+        except OSError as e:
+            raise CheckpointError(f"checkpoint {name} could not be read back: {e.strerror or e}") from e
+
+    def publish(self, name: str, manifest: Manifest, mine: Mapping[str, Sequence[Any]]) -> Path:
+        """Seal a checkpoint that all ranks have written, and give it its name.
+
+        Args:
+            name: folder name.
+            manifest: what it says about itself; equal on all ranks.
+            mine: what `read_back` found on this rank; rank 0 adds what was written since.
+
+        Raises:
+            CheckpointError: if the disk fails; older checkpoints are untouched.
+        """
+        staging, final = self.root / f"{name}.partial", self.root / name
+        files = {key: value for theirs in self.layout.gather_objects(dict(mine)) for key, value in theirs.items()}
         with self.layout.together("publishing a checkpoint"):
             if self.layout.rank == 0:
+                try:
+                    files |= digests(staging, [n for n in file_names(staging) if n not in files])
+                except OSError as e:
+                    raise CheckpointError(f"checkpoint {name} could not be read back: {e.strerror or e}") from e
                 self._publish(staging, final, manifest, files)
         return final
 

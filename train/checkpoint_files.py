@@ -129,6 +129,13 @@ def wrong_files(
         level: one of `LEVELS`.
         part: (i, n) leaves the contents of all but every n-th file, from the i-th on, to others.
     """
+    try:
+        return _wrong_files(folder, files, level, part)
+    except OSError as e:
+        return f"{e.filename or folder} cannot be read ({e.strerror})"
+
+
+def _wrong_files(folder: Path, files: Mapping[str, Sequence[Any]], level: str, part: tuple[int, int]) -> str | None:
     here = file_names(folder)
     for name in files:
         if name not in here:
@@ -143,10 +150,7 @@ def wrong_files(
     if level != "digests":
         return None
     mine = sorted(files, key=lambda name: (-int(files[name][0]), name))[part[0] :: part[1]]
-    try:
-        for name, (_, value) in digests(folder, mine).items():
-            if value != files[name][1]:
-                return f"{name} is damaged: its contents are not what was written"
-    except OSError as e:
-        return f"{e.filename or folder} cannot be read ({e.strerror})"
+    for name, (_, value) in digests(folder, mine).items():
+        if value != files[name][1]:
+            return f"{name} is damaged: its contents are not what was written"
     return None

@@ -180,6 +180,10 @@ class CheckpointConfig:
     keep_last: int | None = 2
     # Checkpoints of steps that this divides are kept too; null keeps none of them.
     keep_every_steps: int | None = None
+    # Write what is due at an interval in the background, from a copy in host memory; other saves are waited for.
+    asynchronous: bool = True
+    # What happens when a save at an interval fails: stop, or continue without it.
+    on_failure: str = "stop"
     # Save the end of the run. Stops and expansions are saved always.
     save_final: bool = True
     # full, or model_only to accept a checkpoint without usable optimizer state knowingly.
@@ -199,6 +203,7 @@ class CheckpointConfig:
         positive("checkpoint.keep_last", self.keep_last)
         positive("checkpoint.keep_every_steps", self.keep_every_steps)
         one_of("checkpoint.load", self.load, ("full", "model_only"))
+        one_of("checkpoint.on_failure", self.on_failure, ("stop", "continue"))
         one_of("checkpoint.verify", self.verify, ("sizes", "digests"))
         if self.reset_schedule and self.load != "model_only":
             raise ConfigError(

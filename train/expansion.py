@@ -46,6 +46,7 @@ def expand(run: "Run") -> None:
         Stopping: on all ranks, if any was asked to stop before anything has moved, or during the evaluation afterwards.
     """
     clock, options = Clock(), run.settings.upcycle
+    run.persistence.settle()
     before_loss = run.evaluate()
     with clock.act("plan"):
         plan = make_plan(run)

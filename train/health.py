@@ -203,6 +203,7 @@ def go_back(run: "Run", source: Path) -> Manifest:
     Returns:
         The manifest of that checkpoint.
     """
+    run.persistence.settle()
     with run.layout.together("going back to a checkpoint"):
         manifest = read_manifest(source)
     run.stage.release()

@@ -3,15 +3,17 @@
 `train/checkpoint.py` knows folders, `model/sharded_state.py` knows tensors; this file knows the run.
 """
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.build import count_parameters
 from model.fingerprint import first_difference, take_fingerprints
-from model.sharded_state import expert_keys, load_tensors, save_tensors
+from model.sharded_state import begin_save_tensors, expert_keys, load_tensors
 from parallel.compat import versions
 from parallel.errors import CheckpointError, ConfigError
 from parallel.layout import Layout
@@ -30,6 +32,7 @@ from train.config import RunSettings
 from train.data import Segment
 from train.guard import Guard
 from train.health import Health
+from train.save_task import SaveTask
 from train.settings import settings_to_dict
 from train.start import model_identity
 from upcycle.optimizer_rules import attach
@@ -45,6 +48,8 @@ class Persistence:
         self.run = run
         # Step, stage and folder of the newest checkpoint that holds the current state.
         self._saved: tuple[int, int, Path] | None = None
+        # A save that is planned, and perhaps being written.
+        self._task: SaveTask | None = None
 
     @property
     def settings(self) -> RunSettings:
@@ -228,30 +233,94 @@ class Persistence:
         Returns:
             The folder that holds the current state; of another run right after a start from there.
         """
-        run, stage = self.run, self.run.stage
-        if self._saved and self._saved[:2] == (run.step, stage.number):
+        self.settle()
+        if self._saved and self._saved[:2] == (self.run.step, self.run.stage.number):
             return self._saved[2]
+        self._task = self._begin(copy=False)
+        self._task.run()
+        return self._publish(self._task)
+
+    def _begin(self, *, copy: bool) -> SaveTask:
+        """Plan a save of the current state; collective."""
+        run, stage = self.run, self.run.stage
         expanded = bool(run.plans) and run.plans[-1]["step"] == run.step
         name = checkpoint_name(run.step, stage.number, expanded)
-        began = time.perf_counter()
+        manifest, folder = self.manifest(), self.folder
+        staging = folder.reserve(name, self.needed_bytes())
+        with self.layout.together("saving generator states"):
+            random_state.save(staging / "rng", self.layout.rank)
+        save = begin_save_tensors(staging / "tensors", stage.chunks, stage.optimizer, self.layout, copy=copy)
+        return SaveTask(folder, name, manifest, save)
 
-        def write(staging: Path) -> None:
-            save_tensors(staging / "tensors", stage.chunks, stage.optimizer, self.layout)
-            with self.layout.together("saving generator states"):
-                random_state.save(staging / "rng", self.layout.rank)
-
-        path = self.folder.write(name, self.manifest(), self.needed_bytes(), write)
-        self.saved(path, time.perf_counter() - began)
+    def _publish(self, task: SaveTask) -> Path:
+        self._task = None
+        path, seconds = task.finish()
+        self.saved(path, seconds, task.manifest)
         return path
 
-    def saved(self, path: Path, seconds: float) -> None:
+    def writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint in the background."""
+        return self._task is not None and self._task.running
+
+    def settle(self) -> None:
+        """Wait for a save in the background, and publish it; collective.
+
+        Raises:
+            CheckpointError: on all ranks, if it failed and `checkpoint.on_failure` is stop.
+        """
+        if self._task is not None:
+            with self._may_fail():
+                self._publish(self._task)
+
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """Let a save at an interval fail where `checkpoint.on_failure` says so; all ranks have agreed on the failure."""
+        try:
+            yield
+        except CheckpointError as e:
+            self._task = None
+            if self.settings.checkpoint.on_failure == "stop":
+                raise
+            # What is left of it is replaced by the next save of that name, or never read.
+            self.run.event("checkpoint_failed", error=str(e))
+            self.run.console.say(f"step {self.run.step}: {e}; training goes on, older checkpoints are as they were")
+
+    def saved(self, path: Path, seconds: float, manifest: Manifest) -> None:
         """Take note of a published checkpoint, and retire old ones."""
-        self._saved = (self.run.step, self.run.stage.number, path)
-        self.run.checkpoint_event(path, seconds)
+        self._saved = (manifest.step, manifest.stage, path)
+        self.run.checkpoint_event(path, seconds, manifest.step)
         self.folder.retire({plan["step"] for plan in self.run.plans})
 
-    def save_if_due(self) -> None:
-        """Save at the configured interval; the end of a run is saved by `Run`."""
-        interval = self.settings.checkpoint.interval_steps
-        if interval and self.run.step % interval == 0 and self.run.step < self.settings.run.steps:
-            self.save_unless_saved()
+    def save_if_due(self, written: bool) -> None:
+        """Publish what has been written in the background, and save at the configured interval; collective.
+
+        The end of a run is saved by `Run`.
+
+        Args:
+            written: whether no rank was writing any more after the last step; the same on all.
+        """
+        if written:
+            self.settle()
+        config, run = self.settings.checkpoint, self.run
+        if not config.interval_steps or run.step % config.interval_steps or run.step >= self.settings.run.steps:
+            return
+        self.settle()
+        if self._saved and self._saved[:2] == (run.step, run.stage.number):
+            return
+        if not config.asynchronous:
+            with self._may_fail():
+                self.save_unless_saved()
+            return
+        began = time.perf_counter()
+        with self._may_fail():
+            self._task = self._begin(copy=True)
+            self._task.start()
+        if self._task is not None:
+            stall = time.perf_counter() - began
+            run.console.say(f"step {run.step}: saving in the background, after a stop of {stall:.2f} s")
+
+    def abandon(self) -> None:
+        """Let go of a save that will not be published, as the run ends with an error; waits for this rank's disk."""
+        if self._task is not None:
+            self._task.wait()
+            self._task = None

@@ -76,6 +76,8 @@ class Run:
         self.started_from: str | None = None
         # Whether all ranks know that a request waits.
         self._asked = False
+        # Whether no rank was writing a checkpoint in the background when the last step ended.
+        self._all_written = True
         # What the last steps were like, what is left out of the training stream, and how often this job has gone back.
         self.health = Health()
         self.skipped_data: list[Stretch] = []
@@ -159,7 +161,8 @@ class Run:
         layout = run.enter_layout(number)
         run.stage = build_stage(run.settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
         with layout.together("looking for samples to leave out"):
-            run.skipped_data = read_skipped(run.files.run_dir)
+            left_out_here = read_skipped(run.files.run_dir) if layout.rank == 0 else []
+        run.skipped_data = layout.from_rank_zero(left_out_here)
         run._open_data(manifest)
         if manifest and source:
             run.persistence.load(source, manifest)
@@ -295,7 +298,7 @@ class Run:
                 stopping = self._one_step()
                 self._evaluate_if_due()
                 watch(self)
-                self.persistence.save_if_due()
+                self.persistence.save_if_due(self._all_written)
                 if stopping:
                     raise Stopping
                 if self.step == run.stop_at_step:
@@ -326,10 +329,10 @@ class Run:
         )
         loss, grad_norm, made = optimizer_step(self.stage, self.layout, batches)
         share_LE = self.stage.load.take(self.layout)
-        flags = [self.stop.wanted(), self._unwritten is not None, self._request_waits()]
+        flags = [self.stop.wanted(), self._unwritten is not None, self._request_waits(), self.persistence.writing()]
         sums = self.layout.sum_over_world(torch.cat([loss[None], torch.tensor(flags, device=loss.device).double()]))
-        total, stopping, failed, asked = sums.tolist()
-        self._asked = asked > 0
+        total, stopping, failed, asked, writing = sums.tolist()
+        self._asked, self._all_written = asked > 0, writing == 0
         seen = (self.samples, batch)
         self.step += 1
         self.samples += batch
@@ -398,14 +401,17 @@ class Run:
             self.guard.observe(self.step, loss)
         return loss
 
-    def checkpoint_event(self, path: Path, seconds: float) -> None:
-        """Record a checkpoint that was just published."""
+    def checkpoint_event(self, path: Path, seconds: float, step: int) -> None:
+        """Record a checkpoint that was just published, of the state after `step`."""
         size = folder_bytes(path) if self.layout.rank == 0 else 0
-        self.event("checkpoint", path=str(path.relative_to(self.files.run_dir)), seconds=seconds, bytes=size)
-        self.console.say(f"step {self.step}: checkpoint {path.name}, {size / 2**20:.1f} MiB in {seconds:.1f} s")
+        self.event(
+            "checkpoint", path=str(path.relative_to(self.files.run_dir)), seconds=seconds, bytes=size, of_step=step
+        )
+        self.console.say(f"step {step}: checkpoint {path.name}, {size / 2**20:.1f} MiB in {seconds:.1f} s")
         tell_status(self, "running")
 
     def _finish(self, reason: str) -> str:
+        self.persistence.settle()
         if reason == "finished":
             refuse_waiting(self, f"the run has finished at step {self.step}")
         if self.step and (self.settings.checkpoint.save_final or reason != "finished"):
@@ -421,6 +427,7 @@ class Run:
 
     def close(self) -> None:
         """End the threads of this run."""
+        self.persistence.abandon()
         self.tracker.close()
         if hasattr(self, "data"):
             self.data.close()

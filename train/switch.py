@@ -219,4 +219,4 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
 
     began = time.perf_counter()
     path = persistence.folder.write(checkpoint_name(run.step, number, expanded=True), manifest, needed, write)
-    persistence.saved(path, time.perf_counter() - began)
+    persistence.saved(path, time.perf_counter() - began, manifest)

@@ -68,7 +68,10 @@ def test_the_table_tells_what_did_not_recover() -> None:
         for arm in study.arms(scale)
     }
     text = "\n".join(study.table(results, scale))
-    assert "| plain uniform | 1.9650 +- 0.0071 | -0.0500 +- 0.0000 | +0.1000 +- 0.0000 | not within the run in 1 | 50% (50%, 50%) |" in text
+    assert (
+        "| plain uniform | 1.9650 +- 0.0071 | -0.0500 +- 0.0000 | +0.1000 +- 0.0000 | not within the run in 1 | 50% (50%, 50%) |"
+        in text
+    )
     assert "2 seeds" in text and text.count("within noise") == 6
 
 

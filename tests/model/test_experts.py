@@ -405,7 +405,7 @@ def _interchange(folder: str, written_at: Any, read_at: Any, homogeneous: bool, 
     """Trains with one module, saves, loads into the other: same bits, and the next step is the same; both ways."""
     from megatron.core import parallel_state
 
-    from parallel.compat import save_sharded
+    from parallel.sharded_save import save_sharded
     from tests.parallel.tiny_gpt import train_step
 
     for writer in (False, True):

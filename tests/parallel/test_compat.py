@@ -18,11 +18,11 @@ from parallel.compat import (
     load_sharded,
     make_transformer_config,
     moe_submodules,
-    save_sharded,
     use_experts,
     versions,
 )
 from parallel.errors import CheckpointError, ConfigError
+from parallel.sharded_save import save_sharded
 from tests.distributed import run_distributed
 from tests.parallel.tiny_gpt import (
     EXPERTS,

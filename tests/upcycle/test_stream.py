@@ -196,7 +196,7 @@ _KEYS = {f"layers.{n}.experts.{w}": {"layer": n + 1, "kind": "expert"} for n in 
 def _save_large(folder: str) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from parallel.compat import save_sharded
+    from parallel.sharded_save import save_sharded
 
     state: dict[str, Any] = {}
     for key in _KEYS:
