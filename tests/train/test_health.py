@@ -34,11 +34,15 @@ def _run(corpus: Path, run_dir: Path, *more: str) -> list[str]:
 
 def _poisoned(overrides: list[str], bad: list[int], factor: float) -> str:
     """A run in which the loss of rank 1 is multiplied, on batches that begin with certain samples."""
-    reading, loss, now = DataStream.train, step._loss, [-1]
+    reading, peeking, loss, now = DataStream.train, DataStream.peek, step._loss, [-1]
 
     def train(self: DataStream, first: int) -> Any:
         now[0] = first
         return reading(self, first)
+
+    def peek(self: DataStream, first: int) -> Any:
+        now[0] = -1
+        return peeking(self, first)
 
     def poison(*arguments: Any) -> Any:
         value, told = loss(*arguments)
@@ -46,11 +50,11 @@ def _poisoned(overrides: list[str], bad: list[int], factor: float) -> str:
             return value * factor, {"loss": told["loss"] * factor}
         return value, told
 
-    DataStream.train, step._loss = train, poison  # type: ignore[method-assign, assignment]
+    DataStream.train, DataStream.peek, step._loss = train, peek, poison  # type: ignore[method-assign, assignment]
     try:
         return train_in_turn([overrides])[0]
     finally:
-        DataStream.train, step._loss = reading, loss  # type: ignore[method-assign]
+        DataStream.train, DataStream.peek, step._loss = reading, peeking, loss  # type: ignore[method-assign]
 
 
 def _losses(run_dir: Path) -> dict[int, Any]:
