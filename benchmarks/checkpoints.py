@@ -157,7 +157,7 @@ def main() -> None:
     )
     for name, text in {
         "a step": f"{median('step'):.2f}",
-        "in the background": f"stop {median('stop'):.2f}, drag {median('drag'):.2f} over {median('steps_beside'):.0f} steps, "
+        "background": f"stop {median('stop'):.2f}, drag {median('drag'):.2f} over {median('steps_beside'):.0f} steps, "
         f"publishing {median('settle'):.2f}",
         "which adds": f"{statistics.median(added):.2f} ({min(added):.2f} to {max(added):.2f}), 2 % of an interval of "
         f"{statistics.median(added) / 0.02:.0f}",

@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser(
-        "plan",
+        allow_abbrev=False,
+        name="plan",
         help="print the plan of an expansion, for a configuration or a checkpoint",
         description="Print the plan of an expansion: for a configuration (KEY=VALUE settings as for `python -m train`), "
         "or where a checkpoint or the newest one of a run stands. Without rules, the stages that are configured. Rules "
@@ -91,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_memory(plan)
     _add_rules(plan)
     expand = commands.add_parser(
-        "expand",
+        allow_abbrev=False,
+        name="expand",
         help="expand a checkpoint into another one, in bounded memory",
         description="Write the checkpoint that a job would have saved right after the expansion, bit for bit; go on from "
         "it with run.resume=DIR.",
@@ -103,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_memory(expand)
     _add_rules(expand)
     request = commands.add_parser(
-        "request",
+        allow_abbrev=False,
+        name="request",
         help="ask a live run to begin a stage after its next step",
         description="Leave a request in RUN_DIR/requests. The run takes it between two steps, on all ranks or none, or "
         "refuses it and says why; a run that is not running finds it when it resumes.",
@@ -113,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "--wait", type=float, default=0.0, metavar="SECONDS", help="wait for the answer (default: do not)"
     )
     _add_rules(request)
-    lineage = commands.add_parser("lineage", help="print which expert came from which, at every stage")
+    lineage = commands.add_parser(
+        "lineage", help="print which expert came from which, at every stage", allow_abbrev=False
+    )
     lineage.add_argument("source", type=Path, metavar="CHECKPOINT | RUN_DIR")
     lineage.add_argument("--layer", type=int, help="one MoE layer only, by its number from 1")
     lineage.add_argument("--json", action="store_true", help="the chains of ids of every expert, as JSON")
@@ -310,6 +315,11 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(words)
     commands = {"plan": _plan, "expand": _expand, "request": _request, "lineage": _lineage}
+    if arguments.command != "request":
+        # Before anything else of mcore is imported: it warns at import of what is not installed.
+        from parallel.compat import prepare_megatron
+
+        prepare_megatron()
     try:
         commands[arguments.command](arguments)
     except CoppiceError as e:
