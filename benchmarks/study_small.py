@@ -154,7 +154,7 @@ def run_arm(arm: Arm, seed: int, scale: Scale, folder: Path) -> None:
             [sys.executable, "-m", "train", *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-    if done.returncode:
+    if done.returncode or json.loads(status.read_text())["state"] != "finished":
         raise SystemExit(f"error: {run_dir}: the run failed, see {run_dir / 'log.txt'}")
 
 
@@ -165,7 +165,8 @@ def read_arm(arm: Arm, seed: int, scale: Scale, folder: Path) -> dict[str, Any]:
     losses = [(e["step"], e["details"]["valid_loss"]) for e in events if e["event"] == "evaluation"]
     found: dict[str, Any] = {"final": losses[-1][1]}
     if arm.stage is not None:
-        (switch,) = (e["details"] for e in events if e["event"] == "expansion")
+        # The last: a run that was killed after its switch has made it again.
+        switch = [e["details"] for e in events if e["event"] == "expansion"][-1]
         before = switch["valid_loss_before"]
         back = [step for step, loss in losses if step > scale.switch and loss <= before]
         found |= {

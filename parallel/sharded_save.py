@@ -13,9 +13,11 @@ needs no other rank can run in a thread:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +156,13 @@ def _strategy(copy: bool) -> Any:
     class PlannedSave(TorchDistSaveShardedStrategy):
         def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
             by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-            if copy:
-                by_key = {key: [copied(leaf) for leaf in leaves] for key, leaves in by_key.items()}
+            with agreed(), _explained(str(checkpoint_dir)):
+                if copy:
+                    by_key = {key: [copied(leaf) for leaf in leaves] for key, leaves in by_key.items()}
             planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
             writer = FileSystemWriter(checkpoint_dir)
-            plan, metadata = _planned(mcore_to_pyt_state_dict(by_key, False), planner, writer)
+            state = mcore_to_pyt_state_dict(by_key, False)
+            plan, metadata = _planned(state, planner, writer, str(checkpoint_dir))
             results: list[Any] = []
 
             def write() -> None:
@@ -170,30 +174,39 @@ def _strategy(copy: bool) -> Any:
                 rank = dist.get_rank()
                 everyones: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
                 dist.gather_object(results, everyones)
-                with agreed():
+                with agreed(), _explained(str(checkpoint_dir)):
                     if everyones is not None:
-                        try:
-                            writer.finish(metadata, everyones)
-                        except OSError as error:
-                            raise CheckpointError(f"checkpoint {checkpoint_dir} cannot be written: {error}") from error
+                        writer.finish(metadata, everyones)
 
             return AsyncRequest(write, (), [finish])
 
     return PlannedSave("torch_dist", 1)
 
 
-def _planned(state: dict[str, Any], planner: Any, writer: FileSystemWriter) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _explained(directory: str) -> Iterator[None]:
+    """Turn what a rank's memory or disk refuses into an error that the ranks can agree on."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {directory} cannot be written: {first}") from error
+
+
+def _planned(state: dict[str, Any], planner: Any, writer: FileSystemWriter, directory: str) -> tuple[Any, Any]:
     """This rank's part of the plan; on rank 0 the metadata of the whole too; collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=rank == 0)
-    writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
-    mine = writer.prepare_local_plan(planner.create_local_plan())
+    with agreed(), _explained(directory):
+        planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=rank == 0)
+        writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
+        mine = writer.prepare_local_plan(planner.create_local_plan())
     plans: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(mine, plans)
     metadata = None
-    if plans is not None:
-        plans, metadata = planner.create_global_plan(plans)
-        plans = writer.prepare_global_plan(plans)
+    with agreed(), _explained(directory):
+        if plans is not None:
+            plans, metadata = planner.create_global_plan(plans)
+            plans = writer.prepare_global_plan(plans)
     box: list[Any] = [None]
     dist.scatter_object_list(box, plans)
     return planner.finish_plan(box[0]), metadata

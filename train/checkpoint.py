@@ -68,6 +68,8 @@ class Manifest:
     guard: dict[str, Any] | None = None
     # What the last steps were like (`train/health.py`).
     health: dict[str, Any] = field(default_factory=dict)
+    # Stretches of the training stream that are left out: first sample, number of samples.
+    skipped_data: list[list[int]] = field(default_factory=list)
     # An evaluation was due at this step, and a request to stop broke it off.
     owes_evaluation: bool = False
     # Checkpoint of another run that this run began with.
@@ -287,6 +289,12 @@ class CheckpointFolder:
         except OSError as e:
             raise CheckpointError(f"checkpoint {final} could not be published: {e.strerror or e}") from e
 
+    def discard(self, name: str) -> None:
+        """Remove what a failed save has left under its staging name; collective."""
+        with self.layout.together("removing what a failed save has left"):
+            if self.layout.rank == 0:
+                shutil.rmtree(self.root / f"{name}.partial", ignore_errors=True)
+
     def set_aside_after(self, start: Path) -> list[str]:
         """Rename checkpoints of this run that are newer than the one it starts from, so that `auto` never goes there.
 
@@ -297,7 +305,8 @@ class CheckpointFolder:
         """
         own = list_checkpoints(self.run_dir)
         newer = own[own.index(start) + 1 :] if start in own else []
-        for path in newer:
+        # The newest first: a kill in between leaves no newer one behind.
+        for path in reversed(newer):
             path.rename(free_name(path, "superseded"))
         return [path.name for path in newer]
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MARKER = "complete.json"
-# none, or how deep files are checked: their names and sizes, or their contents too.
-LEVELS = ("sizes", "digests")
 # Names that say which rank wrote a file: tensors of torch_dist, and generator states.
 _RANK = re.compile(r"(?:__|rank-)0*(\d+)(?:_\d+)?\.(?:distcp|pt)$")
 _READ_BYTES = 1 << 22
@@ -126,7 +124,7 @@ def wrong_files(
     Args:
         folder: of the checkpoint.
         files: as its manifest lists them.
-        level: one of `LEVELS`.
+        level: `sizes` looks at names and sizes, `digests` at contents too.
         part: (i, n) leaves the contents of all but every n-th file, from the i-th on, to others.
     """
     try:

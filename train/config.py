@@ -6,6 +6,7 @@ before any process group or device is touched.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from model.config import ModelConfig, divides, one_of, positive
 from parallel.config import ParallelConfig
@@ -188,8 +189,6 @@ class CheckpointConfig:
     save_final: bool = True
     # full, or model_only to accept a checkpoint without usable optimizer state knowingly.
     load: str = "full"
-    # With model_only: begin the schedule of the learning rate anew, at the step where the checkpoint stands.
-    reset_schedule: bool = False
     # How deep the files of a checkpoint are checked before it is loaded: sizes, or digests (all contents, by all ranks).
     verify: str = "digests"
 
@@ -205,10 +204,6 @@ class CheckpointConfig:
         one_of("checkpoint.load", self.load, ("full", "model_only"))
         one_of("checkpoint.on_failure", self.on_failure, ("stop", "continue"))
         one_of("checkpoint.verify", self.verify, ("sizes", "digests"))
-        if self.reset_schedule and self.load != "model_only":
-            raise ConfigError(
-                "checkpoint.reset_schedule=true needs checkpoint.load=model_only: a full load goes on with its schedule"
-            )
 
 
 @dataclass
@@ -254,7 +249,7 @@ class HealthConfig:
         for key in ("bad_steps", "spike_window_steps", "max_rollbacks"):
             positive(f"health.{key}", getattr(self, key))
         one_of("health.action", self.action, ("stop", "rollback"))
-        if self.spike_factor is not None and self.spike_factor <= 1:
+        if self.spike_factor is not None and not self.spike_factor > 1:
             raise ConfigError(f"health.spike_factor={self.spike_factor} must be above 1: every step would be a spike")
 
 
@@ -312,21 +307,28 @@ class RunSettings:
         self.upcycle.check_triggers()
         saves_before = self.upcycle.save_before or self.upcycle.path == "checkpoint"
         self.upcycle.guard.check(saves_before, self.evaluation.interval_steps is not None)
-        self.resolved().check_stages(world_size)
+        self.resolved().check_stages(world_size, settled=not self._may_go_on())
         self.data.corpora()
 
-    def check_stages(self, world_size: int, course: Course | None = None) -> None:
+    def _may_go_on(self) -> bool:
+        """Whether a checkpoint may decide which steps numbers of tokens mean: a batch may have had another size before."""
+        by_tokens = any(stage.at_tokens is not None for stage in self.upcycle.stages)
+        fresh = self.run.resume in ("auto", "never") and not (Path(self.run.dir) / "checkpoints").is_dir()
+        return by_tokens and not fresh
+
+    def check_stages(self, world_size: int, course: Course | None = None, *, settled: bool = True) -> None:
         """Check the stages and their layouts; every stage has its step by now.
 
         Args:
             world_size: processes of the job.
             course: which of the stages are over, and what messages call them; None before a run has begun.
+            settled: as in `UpcycleConfig.check`.
 
         Raises:
             ConfigError: naming the keys, the values and the remedy.
         """
         begun, names = (course.begun, course.keys) if course else (0, None)
-        self.upcycle.check(self.model, self.parallel, self.run.steps, begun=begun, keys=names)
+        self.upcycle.check(self.model, self.parallel, self.run.steps, begun=begun, keys=names, settled=settled)
         for parallel, keys in self._later_layouts(begun, names):
             self._check_layout(world_size, parallel, keys)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.checkpoint import Manifest
-from train.guard import held_from
+from train.guard import RETURNED, held_from
 from train.requests import repeated_requests
 from upcycle.course import Past, plan_course
 
@@ -41,3 +41,7 @@ def follow(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
         expert_ranks=given.parallel.expert,
     )
     run.take_course(course)
+    for entry in course.held:
+        run.console.say(
+            f"{entry.rules.when(entry.key)} is left out: {RETURNED} in run.dir says why, remove it to let it happen"
+        )

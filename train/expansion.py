@@ -55,7 +55,7 @@ def expand(run: "Run") -> None:
     saved: Path | None = None
     if options.save_before or options.path == "checkpoint":
         with clock.act("save"):
-            saved = run.persistence.save_unless_saved()
+            saved = run.persistence.save_unless_saved(own=True)
     # From here on it is quicker to finish than to do it again.
     run.stop.raise_if_agreed(run.layout)
     if before_loss is not None and plan.experts_after > plan.experts_before:

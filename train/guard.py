@@ -3,7 +3,8 @@
 Every evaluation from the one right after the switch on is compared with the loss right before it. When the last
 `upcycle.guard.evaluations` of them lie more than `upcycle.guard.max_increase` above, the guard trips:
 
-    stop     the state is saved and the run ends with an error; started again it refuses until bound or action changes
+    stop     the state is saved and the run ends with an error; started again it refuses, until the bound is raised or
+             the action is off
     return   the run goes back to the checkpoint before the expansion, in the same job, and trains on without it
     off      nothing
 
@@ -20,14 +21,12 @@ from parallel.errors import DataError, ExpansionError
 from train.checkpoint import read_manifest
 from train.health import go_back
 from train.requests import undo_requests
-from upcycle.config import GuardConfig
+from upcycle.config import GUARD_KEPT, GuardConfig
 
 if TYPE_CHECKING:
     from train.run import Run
 
 RETURNED = "returned.json"
-# Losses kept: more than anyone would ask for in a row.
-_KEPT = 64
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Guard:
     def observe(self, step: int, loss: float) -> None:
         """Take note of an evaluation."""
         if step != self.last_step:
-            self.losses, self.last_step = [*self.losses, loss][-_KEPT:], step
+            self.losses, self.last_step = [*self.losses, loss][-GUARD_KEPT:], step
 
     def tripped(self, config: GuardConfig) -> bool:
         """Whether the last evaluations all lie above the bound. A loss that is no number does."""
@@ -117,11 +116,14 @@ def _go_back(run: "Run", guard: Guard, reason: str) -> None:
     """Take the run back to the stage before the expansion, without the stages from there on."""
     assert guard.checkpoint is not None
     source = run.files.checkpoints / guard.checkpoint
+    run.persistence.settle()
     with run.layout.together("going back before the expansion"):
         manifest = read_manifest(source)
         if run.layout.rank == 0:
-            _record(run.files.run_dir, guard.step, run.step, reason)
+            # In this order: whatever a kill leaves undone, the next start comes here again or is past it.
+            run.persistence.folder.set_aside_after(source)
             undo_requests(run, guard.step)
+            _record(run.files.run_dir, guard.step, run.step, reason)
     run.take_course(run.course.cut(manifest.stage))
     left = run.step
     go_back(run, source)
@@ -135,6 +137,8 @@ def _go_back(run: "Run", guard: Guard, reason: str) -> None:
 def _record(run_dir: Path, step: int, left: int, reason: str) -> None:
     path = run_dir / RETURNED
     staging = path.with_suffix(".tmp")
+    # What an earlier return left out stays left out.
+    step = min(step, held_from(run_dir) or step)
     try:
         staging.write_text(json.dumps({"step": step, "left_at_step": left, "reason": reason}, indent=1))
         staging.replace(path)

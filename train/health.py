@@ -1,8 +1,9 @@
 """Steps that go wrong: skipped, counted, and after too many in a row an end or a way back.
 
-A step whose loss or gradient is not finite updates nothing: weights, moments and the schedule of the learning rate stay as
-they were, the batch counts as seen. With `health.spike_factor` a loss far above the mean of the last good ones is bad as
-well; its update has been made by then. After `health.bad_steps` bad steps in a row
+A step whose loss or gradient is not finite updates nothing by them: weights, moments and the schedule of the learning rate
+stay as they were; the selection bias, which goes by counts of tokens, moves, and the batch counts as seen. With
+`health.spike_factor` a loss far above the mean of the last good ones is bad as well; its update has been made by then. After
+`health.bad_steps` bad steps in a row
 
     stop       the run ends with an error that names the batches; the newest checkpoint is from before or between them
     rollback   the run goes back to the newest checkpoint from before the first of them, in the same job, and trains on
@@ -136,6 +137,8 @@ def attend(run: "Run", reason: str | None, samples: Stretch) -> None:
     run.console.say(f"step {run.step} is bad: {reason}; samples {first} to {first + count - 1}, {health.bad} in a row")
     if health.bad < config.bad_steps:
         return
+    # What is on its way to the disk is from before them.
+    run.persistence.settle()
     told = ", ".join(f"{a} to {a + n - 1}" for a, n in health.stretches)
     what = (
         f"{health.bad} bad steps in a row from step {health.first_step} on, with the samples {told}; the last: {reason}"
@@ -149,6 +152,8 @@ def attend(run: "Run", reason: str | None, samples: Stretch) -> None:
     stretches = sorted({*run.skipped_data, *((a, n) for a, n in health.stretches)})
     with run.layout.together("leaving out samples"):
         if run.layout.rank == 0:
+            # First, so that a kill in between leads through the same steps to the same place.
+            run.persistence.folder.set_aside_after(source)
             _record(run.files.run_dir, stretches, what)
     left, run.skipped_data = run.step, stretches
     manifest = go_back(run, source)
@@ -166,9 +171,10 @@ def _checkpoint_before(run: "Run", step: int, what: str) -> Path:
         CoppiceError: if there is none, or the run has gone back often enough.
     """
     found: Path | None = None
-    if run.layout.rank == 0:
-        own = [path for path in list_checkpoints(run.files.run_dir) if int(path.name[5:13]) < step]
-        found = own[-1] if own else None
+    with run.layout.together("looking for a checkpoint to go back to"):
+        if run.layout.rank == 0:
+            own = [path for path in list_checkpoints(run.files.run_dir) if int(path.name[5:13]) < step]
+            found = own[-1] if own else None
     found = run.layout.from_rank_zero(found)
     if found is None:
         raise CoppiceError(f"{what}: no checkpoint of this run is from before them: lower checkpoint.interval_steps")
@@ -203,7 +209,6 @@ def go_back(run: "Run", source: Path) -> Manifest:
     Returns:
         The manifest of that checkpoint.
     """
-    run.persistence.settle()
     with run.layout.together("going back to a checkpoint"):
         manifest = read_manifest(source)
     run.stage.release()
@@ -211,5 +216,5 @@ def go_back(run: "Run", source: Path) -> Manifest:
     run.course = run.course.back_to(manifest.stage)
     layout = run.enter_layout(manifest.stage)
     run.stage = build_stage(run.settings, manifest.stage, layout, run.vocab_size, manifest.plans)
-    run.persistence.load(source, manifest)
+    run.persistence.load(source, manifest, full=True)
     return manifest

@@ -3,13 +3,14 @@
 import time
 from pathlib import Path
 
+from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
 from train.data import open_corpora
 from train.report import summary_lines, write_report
 from train.run import Run
 from train.signals import StopRequest
-from train.status import tell_failure
+from train.status import tell_failed_start, tell_failure
 
 
 def run_settings(settings: RunSettings) -> str:
@@ -32,7 +33,13 @@ def run_settings(settings: RunSettings) -> str:
         layout = Layout.create(settings.parallel, settings.run.seed)
         # Before the run is opened: reading corpora and a checkpoint may take long.
         with StopRequest(Path(settings.run.dir), layout.rank) as stop:
-            run = Run.open(settings, layout, corpora, stop)
+            try:
+                run = Run.open(settings, layout, corpora, stop)
+            except CoppiceError as e:
+                # Another job's run is not ours to speak of.
+                if layout.rank == 0 and not isinstance(e, LaunchError):
+                    tell_failed_start(Path(settings.run.dir), e)
+                raise
             try:
                 reason = run.train()
             except BaseException as e:

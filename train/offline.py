@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +29,7 @@ from train.checkpoint_files import digests, file_names, is_sealed, seal, wrong_f
 from train.config import RunSettings
 from train.data import open_corpora
 from train.expansion import Amounts, decide, measure, wants_batches
+from train.guard import held_from
 from train.run import Run
 from train.settings import explain, settings_from_dict
 from train.switch import aged
@@ -131,11 +133,14 @@ def open_source(path: Path, overrides: list[str]) -> Source:
         values = OmegaConf.merge(OmegaConf.create(manifest.config), OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as e:
         raise ConfigError(explain(e)) from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{' '.join(overrides)} is no YAML: {' '.join(str(e).split())}") from None
     settings = settings_from_dict(dict(OmegaConf.to_container(values)))  # type: ignore[arg-type]
     past = Past.of(str(path), manifest.step, manifest.num_experts, manifest.plans, manifest.stages)
     resolved = settings.resolved(manifest.step, manifest.tokens)
     # Its own run may have grown it on load.
-    course = plan_course(resolved.upcycle.stages, _told_experts(past, settings), past, held_from=manifest.step + 1)
+    held = held_from(path.parent.parent)
+    course = plan_course(resolved.upcycle.stages, _told_experts(past, settings), past, held_from=held)
     # A stage must lie before the end of the run, and a finished run has ended.
     steps = max(settings.run.steps, manifest.step + 1)
     settings = replace(settings, run=replace(settings.run, steps=steps))
@@ -248,16 +253,22 @@ def _measured(source: Source, rules: StageConfig, say: Say) -> tuple[Amounts | N
     joined = join_job(settings.parallel.timeout_seconds)
     try:
         layout = Layout.create(settings.parallel, settings.run.seed)
-        folder = layout.from_rank_zero(tempfile.mkdtemp(prefix="coppice-plan-") if layout.rank == 0 else None)
+        made = ""
+        with layout.together("making a temporary folder"):
+            if layout.rank == 0:
+                made = tempfile.mkdtemp(prefix="coppice-plan-")
+        folder = layout.from_rank_zero(made)
         settings = replace(settings, run=replace(settings.run, dir=folder, resume=str(source.path)))
         try:
             run, _, _ = Run.restore(settings, layout, corpora)
             try:
-                return measure(run, rules)
+                measured = measure(run, rules)
             finally:
                 run.close()
+            # No rank may still read what rank 0 removes.
+            run.layout.barrier()
+            return measured
         finally:
-            layout.barrier()
             if layout.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -289,6 +300,7 @@ def expand_offline(
     if plan.experts_after == plan.experts_before:
         raise ExpansionError(f"the plan adds no experts to {source.path}: any layout reads that checkpoint as it is")
     check_plan(plan, source)
+    output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
     staging = output.with_name(f"{output.name}.partial")
@@ -302,6 +314,10 @@ def expand_offline(
             source.path / "tensors", staging / "tensors", plan, old.experts, chunk_bytes=chunk_bytes, say=say
         )
         verify_expansion(old.fingerprints, found, plan, old.experts)
+        names = [name for name in old.files if name.startswith("rng/")]
+        for name, told in digests(source.path, names).items():
+            if told != old.files[name]:
+                raise CheckpointError(f"checkpoint {source.path}: {name} is damaged: use an older checkpoint")
         shutil.copytree(source.path / "rng", staging / "rng")
         ages = aged(OptimizerAges.from_dict(old.ages), plan, entry.rules, old.optimizer_step)
         manifest = replace(

@@ -50,6 +50,8 @@ class Persistence:
         self._saved: tuple[int, int, Path] | None = None
         # A save that is planned, and perhaps being written.
         self._task: SaveTask | None = None
+        # Name of the last checkpoint that room was asked for.
+        self._reserved: str | None = None
 
     @property
     def settings(self) -> RunSettings:
@@ -123,19 +125,23 @@ class Persistence:
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
-    def load(self, path: Path, manifest: Manifest) -> None:
+    def load(self, path: Path, manifest: Manifest, *, full: bool | None = None) -> None:
         """Load a checkpoint into the current stage and verify that every tensor arrived.
+
+        Args:
+            path: of the checkpoint.
+            manifest: its own.
+            full: with its optimizer state; None as `checkpoint.load` says.
 
         Raises:
             CheckpointError: if keys are missing, or anything differs from what was saved.
         """
         run, stage = self.run, self.run.stage
-        full = self.settings.checkpoint.load == "full"
+        full = self.settings.checkpoint.load == "full" if full is None else full
         self.load_stage(path / "tensors", manifest.optimizer_step, full)
         if full:
             self.verify(path, manifest)
-        if not self.settings.checkpoint.reset_schedule:
-            stage.scheduler.load_state_dict(manifest.scheduler)
+        stage.scheduler.load_state_dict(manifest.scheduler)
         run.step, run.samples = manifest.step, manifest.data["samples"]
         if manifest.layout == self.layout.describe():
             with self.layout.together("loading generator states"):
@@ -207,6 +213,7 @@ class Persistence:
             stages=[entry.to_dict() for entry in run.course.entries[: run.course.begun]],
             guard=run.guard.to_dict() if run.guard else None,
             health=run.health.to_dict(),
+            skipped_data=[list(stretch) for stretch in run.skipped_data],
             owes_evaluation=run.owes_evaluation,
             started_from=run.started_from,
             config=settings_to_dict(run.given),
@@ -227,18 +234,25 @@ class Persistence:
         weight = 2 if self.settings.run.precision == "bf16" else 4
         return int(parameters * (weight + 12))
 
-    def save_unless_saved(self) -> Path:
+    def save_unless_saved(self, *, own: bool = False) -> Path:
         """Save the current state as an ordinary checkpoint, unless it is on disk already; collective.
+
+        Args:
+            own: do not take a checkpoint of another run for this one's.
 
         Returns:
             The folder that holds the current state; of another run right after a start from there.
         """
         self.settle()
-        if self._saved and self._saved[:2] == (self.run.step, self.run.stage.number):
+        here = (self.run.step, self.run.stage.number)
+        if self._saved and self._saved[:2] == here and not (own and self._foreign(self._saved[2])):
             return self._saved[2]
         self._task = self._begin(copy=False)
         self._task.run()
         return self._publish(self._task)
+
+    def _foreign(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent.parent != self.run.files.run_dir.resolve()
 
     def _begin(self, *, copy: bool) -> SaveTask:
         """Plan a save of the current state; collective."""
@@ -246,6 +260,7 @@ class Persistence:
         expanded = bool(run.plans) and run.plans[-1]["step"] == run.step
         name = checkpoint_name(run.step, stage.number, expanded)
         manifest, folder = self.manifest(), self.folder
+        self._reserved = name
         staging = folder.reserve(name, self.needed_bytes())
         with self.layout.together("saving generator states"):
             random_state.save(staging / "rng", self.layout.rank)
@@ -278,10 +293,12 @@ class Persistence:
         try:
             yield
         except CheckpointError as e:
-            self._task = None
+            failed, self._task = self._reserved, None
             if self.settings.checkpoint.on_failure == "stop":
                 raise
-            # What is left of it is replaced by the next save of that name, or never read.
+            if failed is not None:
+                # Where the disk is full, what is left of it would keep it full.
+                self.folder.discard(failed)
             self.run.event("checkpoint_failed", error=str(e))
             self.run.console.say(f"step {self.run.step}: {e}; training goes on, older checkpoints are as they were")
 
@@ -302,6 +319,9 @@ class Persistence:
         if written:
             self.settle()
         config, run = self.settings.checkpoint, self.run
+        if run.health.bad:
+            # Nothing that a rollback could go back to is retired for a state that may be spoilt.
+            return
         if not config.interval_steps or run.step % config.interval_steps or run.step >= self.settings.run.steps:
             return
         self.settle()

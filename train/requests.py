@@ -115,8 +115,12 @@ class RequestFolder:
         """Requests that were taken: file, step, and rules."""
         found = []
         for path in sorted(self.root.glob("request-*.taken.json")):
+            if path.with_name(path.name.replace(".taken.", ".undone.")).exists():
+                continue
             body = self.read(path)
-            found.append((path, int(body["step"]), body["rules"]))
+            if not isinstance(body.get("step"), int):
+                raise DataError(f"{path} does not say when it was taken: restore it, or remove it to leave it out")
+            found.append((path, body["step"], body["rules"]))
         return found
 
 
@@ -201,7 +205,10 @@ def repeated_requests(run: "Run", step: int, entered: list[StageConfig]) -> list
         told = RequestFolder(run.files.run_dir).taken() if run.layout.rank == 0 else []
         told = run.layout.from_rank_zero([(path.name, at, rules) for path, at, rules in told])
     known = {stage.at_step for stage in entered}
-    return [request_entry(name, rules, at) for name, at, rules in told if at >= step and at not in known]
+    again = [(name, at, rules) for name, at, rules in told if at >= step and at not in known]
+    for name, at, _ in again:
+        run.console.say(f"{name} is repeated at step {at}, where it was taken; remove the file to leave it out")
+    return [request_entry(name, rules, at) for name, at, rules in again]
 
 
 def take_request(run: "Run") -> bool:
@@ -211,8 +218,8 @@ def take_request(run: "Run") -> bool:
     """
     folder, rank = RequestFolder(run.files.run_dir), run.layout.rank
     found: tuple[str, dict[str, Any] | None, str] | None = None
-    if rank == 0:
-        path = folder.waiting()
+    with run.layout.together("reading a request"):
+        path = folder.waiting() if rank == 0 else None
         if path is not None:
             try:
                 found = (path.name, folder.read(path)["rules"], "")

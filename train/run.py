@@ -150,6 +150,8 @@ class Run:
         """
         run = cls(settings, layout, corpora)
         run.persistence = Persistence(run)
+        # Before anything is chosen that another job might change; a folder that is not there yet is nobody's.
+        run._lock_folder(only_if_there=True)
         source, run.skipped = find_start(run)
         manifest = run.persistence.check_start(source)
         number = manifest.stage if manifest else 0
@@ -157,16 +159,23 @@ class Run:
         with layout.together("preparing run.dir"):
             if layout.rank == 0:
                 run.files.prepare()
-                run.lock = lock_run(run.files.run_dir)
+        run._lock_folder()
         layout = run.enter_layout(number)
         run.stage = build_stage(run.settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
         with layout.together("looking for samples to leave out"):
             left_out_here = read_skipped(run.files.run_dir) if layout.rank == 0 else []
-        run.skipped_data = layout.from_rank_zero(left_out_here)
+        known = [(first, count) for first, count in manifest.skipped_data] if manifest else []
+        run.skipped_data = sorted({*layout.from_rank_zero(left_out_here), *known})
         run._open_data(manifest)
         if manifest and source:
             run.persistence.load(source, manifest)
         return run, source, manifest
+
+    def _lock_folder(self, *, only_if_there: bool = False) -> None:
+        """Keep other jobs off the run directory until this run is closed; collective."""
+        with self.layout.together("locking run.dir"):
+            if self.layout.rank == 0 and self.lock is None and (self.files.run_dir.is_dir() or not only_if_there):
+                self.lock = lock_run(self.files.run_dir)
 
     def take_course(self, course: Course) -> None:
         """Follow a course from here on, if all of what is to come can be done.
@@ -292,6 +301,7 @@ class Run:
             if self.owes_evaluation or (self.guard is not None and not self.guard.losses):
                 # The job ended before an evaluation that was due here.
                 self.evaluate()
+                watch(self)
             while self.step < run.steps:
                 if self.expansion_due():
                     expand(self)
@@ -351,7 +361,11 @@ class Run:
 
     def _request_waits(self) -> bool:
         """Whether this rank, which must be rank 0, sees a request that nobody has decided on."""
-        return self.layout.rank == 0 and RequestFolder(self.files.run_dir).waiting() is not None
+        found: list[Path | None] = [None]
+        if self.layout.rank == 0:
+            # A folder that cannot be read is told of by all ranks together, after this step.
+            self.write(lambda: found.__setitem__(0, RequestFolder(self.files.run_dir).waiting()))
+        return found[0] is not None
 
     def _let_go(self) -> float:
         """Set how far the model has let go of family routing at this step; 1 is plain top-K."""
@@ -412,10 +426,10 @@ class Run:
 
     def _finish(self, reason: str) -> str:
         self.persistence.settle()
-        if reason == "finished":
-            refuse_waiting(self, f"the run has finished at step {self.step}")
         if self.step and (self.settings.checkpoint.save_final or reason != "finished"):
             self.persistence.save_unless_saved()
+        if reason == "finished":
+            refuse_waiting(self, f"the run has finished at step {self.step}")
         asked = self.stop.told(self.layout) if reason == "requested" else None
         self.event("stop", reason=reason, request=asked)
         tell_status(self, "finished" if reason == "finished" else "stopped", reason=asked or reason, exit_code=0)

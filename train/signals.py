@@ -13,6 +13,7 @@ and whatever builds data before and after it.
 """
 
 import ctypes
+import os
 import signal
 import sys
 from pathlib import Path
@@ -71,7 +72,8 @@ class StopRequest:
 
     def wanted(self) -> bool:
         """Whether this rank knows of a request."""
-        if self.name is None and self._file is not None and self._file.exists():
+        # `os.path.exists` says no where the folder cannot be looked into; one rank must not fail alone.
+        if self.name is None and self._file is not None and os.path.exists(self._file):
             self.name = f"file {self._file}"
         return self.name is not None
 

@@ -78,13 +78,13 @@ def _candidates(run: "Run") -> list[Path]:
             # Says that it is not complete, or of another format. A fresh start would be silent about it.
             read_manifest(unsealed(run_dir)[-1])
         return own[::-1]
+    if own and settings.resume != "never" and _began_with(own, Path(settings.resume)):
+        # The same command again: the run has come further since, and what it began with may be gone.
+        return own[::-1]
     found = resolve(run_dir, settings.resume)
     if found is None:
         return []
     if own and found.parent != own[-1].parent:
-        if _began_with(own, found, settings.resume):
-            # The same command again: the run has come further since.
-            return own[::-1]
         raise CheckpointError(
             f"run.resume={settings.resume} is of another run, but run.dir={settings.dir} holds checkpoints of its own: "
             "choose another run.dir"
@@ -92,16 +92,14 @@ def _candidates(run: "Run") -> list[Path]:
     return [found]
 
 
-def _began_with(own: Sequence[Path], found: Path, named: str) -> bool:
-    """Whether a run, whose checkpoints are `own`, once began with `found` or with the run it is of."""
+def _began_with(own: Sequence[Path], named: Path) -> bool:
+    """Whether a run, whose checkpoints are `own`, once began with a checkpoint of another, or with the run it is of."""
     for path in reversed(own):
         try:
             began = read_manifest(path).started_from
         except DamagedCheckpoint:
             continue
-        return began is not None and (
-            began == str(found.resolve()) or Path(began).parent.parent == Path(named).resolve()
-        )
+        return began is not None and named.resolve() in (Path(began), Path(began).parent.parent)
     return False
 
 
@@ -120,7 +118,8 @@ def examine(run: "Run", path: Path) -> str | None:
                 problem = e.problem
             else:
                 check_identity(run, path, manifest)
-                check_moments(path, manifest)
+                if run.settings.checkpoint.load == "full":
+                    check_moments(path, manifest)
     files, problem = run.layout.from_rank_zero((manifest.files if manifest else {}, problem))
     if problem is not None:
         return str(problem)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from train.run import Run
 
 STATUS = "status.json"
-STATES = ("running", "stopped", "finished", "failed")
 
 
 def write_status(run_dir: Path, state: str, step: int, steps: int, **details: Any) -> None:
@@ -31,7 +30,7 @@ def write_status(run_dir: Path, state: str, step: int, steps: int, **details: An
 
     Args:
         run_dir: of the run.
-        state: one of `STATES`.
+        state: running, stopped, finished or failed.
         step: optimizer steps made.
         steps: of the whole run.
         **details: what else there is to say, such as `reason` and `exit_code`.
@@ -53,9 +52,34 @@ def write_status(run_dir: Path, state: str, step: int, steps: int, **details: An
 def tell_status(run: "Run", state: str, **details: Any) -> None:
     """Say how a run stands; rank 0 writes."""
     if run.layout.rank == 0:
+        run.write(lambda: _tell(run, state, details))
+
+
+def _tell(run: "Run", state: str, details: dict[str, Any]) -> None:
+    try:
         newest = run.persistence.newest
-        details["checkpoint"] = newest.name if newest else None
-        run.write(lambda: write_status(run.files.run_dir, state, run.step, run.settings.run.steps, **details))
+    except OSError as e:
+        raise DataError(f"{e.filename}: cannot be read ({e.strerror})") from None
+    name = newest.name if newest else None
+    write_status(run.files.run_dir, state, run.step, run.settings.run.steps, checkpoint=name, **details)
+
+
+def tell_failed_start(run_dir: Path, error: CoppiceError) -> None:
+    """Say that a start has failed, where a status of an earlier one would be taken for the answer; rank 0."""
+    try:
+        before = read_status(run_dir)
+        if before is not None:
+            write_status(
+                run_dir,
+                "failed",
+                int(before["step"]),
+                int(before["steps"]),
+                reason=str(error),
+                exit_code=error.exit_code,
+            )
+    except (CoppiceError, KeyError, ValueError, TypeError):
+        # The start has failed already, and its own error says more.
+        return
 
 
 def tell_failure(run: "Run", error: BaseException) -> None:

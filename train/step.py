@@ -88,7 +88,12 @@ def optimizer_step(stage: Stage, layout: Layout, batches: list[Batch]) -> tuple[
 @torch.no_grad()
 def _finite(stage: Stage, loss: torch.Tensor) -> torch.Tensor:
     """Whether this rank's loss and all of its gradients are finite, as a scalar on the device: nothing waits for it."""
-    largest = [gradient.abs().max() for chunk in stage.wrapped for gradient in gradient_memory(chunk)]
+    # The largest magnitude: no square can overflow, and no copy is made.
+    largest = [
+        torch.linalg.vector_norm(gradient, float("inf"))
+        for chunk in stage.wrapped
+        for gradient in gradient_memory(chunk)
+    ]
     return torch.isfinite(torch.stack([loss.to(torch.float32), *largest])).all()
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -66,6 +68,8 @@ def _rules(arguments: argparse.Namespace) -> dict[str, Any]:
         typed = OmegaConf.to_container(OmegaConf.from_dotlist([f"{k}={v}" for k, v in given.items()]))
     except OmegaConfBaseException as e:
         raise ConfigError(explain(e)) from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{given} is no YAML: {' '.join(str(e).split())}") from None
     assert isinstance(typed, dict)
     return {str(key): value for key, value in typed.items()}
 
@@ -149,7 +153,10 @@ def _scores(file: Path | None) -> dict[int, list[float]] | None:
     if file is None:
         return None
     try:
-        return {int(layer): [float(x) for x in row] for layer, row in json.loads(file.read_text()).items()}
+        found = {int(layer): [float(x) for x in row] for layer, row in json.loads(file.read_text()).items()}
+        if not all(math.isfinite(x) and x >= 0 for row in found.values() for x in row):
+            raise ValueError("a utility is negative or no number")
+        return found
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise DataError(f'--scores {file} cannot be read as {{"LAYER": [one per expert]}}: {e}') from None
 
@@ -236,7 +243,7 @@ def _expand(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         plan = _read_plan(arguments.plan)
         check_plan(plan, source)
-        _, entry = source.with_next(stage_from_dict({**rules_of(plan), **rules}, "the stage"))
+        _, entry = source.with_next(stage_from_dict({**_rules_behind(plan, source), **rules}, "the stage"))
     else:
         stage = stage_from_dict(rules, "the stage") if rules else source.next_rules()
         plan, entry = plan_of_checkpoint(
@@ -249,6 +256,26 @@ def _expand(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: step {manifest.step}, stage {manifest.stage}, {manifest.num_experts} experts, verified; go on "
         f"with run.resume={arguments.output}"
     )
+
+
+def _rules_behind(plan: ExpansionPlan, source: Any) -> dict[str, Any]:
+    """The rules that a plan was made by: the run's next stage where it is that one, else what the plan itself says.
+
+    A plan does not hold what a stage does later, such as its release and its learning rates.
+    """
+    coming = source.course.stages[source.course.begun :]
+    said = rules_of(plan)
+    if coming and coming[0].at_step == plan.step:
+        stage = coming[0]
+        same = stage.target(plan.experts_before) == plan.experts_after and all(
+            getattr(stage, key) == said[key] for key in ("selection", "mode", "optimizer_rule", "placement")
+        )
+        if same:
+            configured = dataclasses.asdict(stage)
+            return {k: v for k, v in configured.items() if k not in ("at_step", "at_tokens", "factor")} | {
+                "num_experts": plan.experts_after
+            }
+    return said
 
 
 def rules_of(plan: ExpansionPlan) -> dict[str, Any]:
@@ -315,12 +342,12 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(words)
     commands = {"plan": _plan, "expand": _expand, "request": _request, "lineage": _lineage}
-    if arguments.command != "request":
-        # Before anything else of mcore is imported: it warns at import of what is not installed.
-        from parallel.compat import prepare_megatron
-
-        prepare_megatron()
     try:
+        if arguments.command != "request":
+            # Before anything else of mcore is imported: it warns at import of what is not installed.
+            from parallel.compat import prepare_megatron
+
+            prepare_megatron()
         commands[arguments.command](arguments)
     except CoppiceError as e:
         if e.speaks or (e.speaks is None and _rank() == 0):

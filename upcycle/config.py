@@ -10,6 +10,8 @@ from upcycle.stage_config import StageConfig
 
 PATHS = ("live", "checkpoint")
 GUARD_ACTIONS = ("stop", "return", "off")
+# Validation losses that the guard remembers.
+GUARD_KEPT = 64
 
 
 @dataclass
@@ -37,6 +39,10 @@ class GuardConfig:
         one_of("upcycle.guard.action", self.action, GUARD_ACTIONS)
         positive("upcycle.guard.max_increase", self.max_increase)
         positive("upcycle.guard.evaluations", self.evaluations)
+        if self.evaluations > GUARD_KEPT:
+            raise ConfigError(
+                f"upcycle.guard.evaluations={self.evaluations} is more than the {GUARD_KEPT} that are kept: use fewer"
+            )
         if self.action != "return":
             return
         if not saves_before:
@@ -132,6 +138,7 @@ class UpcycleConfig:
         *,
         begun: int = 0,
         keys: Sequence[str] | None = None,
+        settled: bool = True,
     ) -> None:
         """Check the stages against the model, the layout and the length of the run; after `resolved`.
 
@@ -141,6 +148,8 @@ class UpcycleConfig:
             steps: of the run.
             begun: stages that the run has entered already; they are not judged again.
             keys: what messages call each stage; None for its place in the list.
+            settled: False while a checkpoint may still say that another step is meant by a number of tokens; order and end
+                are judged later then.
 
         Raises:
             ConfigError: naming the key, the value and the remedy.
@@ -162,14 +171,14 @@ class UpcycleConfig:
             parallel = stage.parallel.apply(parallel)
             if stage.parallel.expert is not None:
                 decided = f"{key}.parallel.expert"
-            if stage.at_step <= last:
+            if settled and stage.at_step <= last:
                 raise ConfigError(f"{stage.when(key)} must come after the previous expansion at {last}")
-            if stage.at_step >= steps:
+            if settled and stage.at_step >= steps:
                 raise ConfigError(
                     f"{stage.when(key)} is past the end of the run (run.steps={steps}): expand earlier or raise run.steps"
                 )
             after = stage.target(before)
-            if stage.grows() and stage.at_step < released:
+            if settled and stage.grows() and stage.at_step < released:
                 raise ConfigError(
                     f"{stage.when(key)} comes before routing over families has ended (step {released}): expand later, or "
                     "shorten the release of the stage before"

@@ -100,12 +100,14 @@ class Course:
         entries: stages in order.
         begun: how many of them the run has entered.
         expert_ranks: expert-parallel size of the stages before the first entry that sets one; None for the configured one.
+        held: configured stages that are left out, because the guard has returned from there.
     """
 
     first_experts: int
     entries: tuple[Entry, ...]
     begun: int = 0
     expert_ranks: int | None = None
+    held: tuple[Entry, ...] = ()
 
     @property
     def stages(self) -> list[StageConfig]:
@@ -161,6 +163,10 @@ def plan_course(
     """
     past = past or Past("", 0, (experts,), (), ())
     start, entries, grown, base = _story(past, experts), [], [], None
+    held: tuple[Entry, ...] = ()
+    if start is None and held_from is not None and held_from <= past.step and experts > past.experts[-1]:
+        # The guard has returned from growing it.
+        start = len(past.entries)
     if start is None:
         if on_load is None or experts <= past.experts[-1]:
             raise _other_experts(past, experts)
@@ -181,6 +187,7 @@ def plan_course(
         else:
             raise _changed(past, number, told[0] if told else None)
     if held_from is not None:
+        held = tuple(entry for entry in told if entry.rules.at_step >= held_from)
         told = [entry for entry in told if entry.rules.at_step < held_from]
     coming = [*told, *requests]
     for entry in coming:
@@ -190,7 +197,7 @@ def plan_course(
                 "this stage: use a later step or an earlier checkpoint"
             )
     coming = [*grown, *sorted(coming, key=lambda entry: entry.rules.at_step)]
-    return Course(past.experts[0], (*entries, *coming), len(past.entries), base)
+    return Course(past.experts[0], (*entries, *coming), len(past.entries), base, held)
 
 
 def _story(past: Past, experts: int) -> int | None:

@@ -161,6 +161,10 @@ def test_an_optimizer_that_was_started_anew_is_refused(runs: tuple[Path, Path], 
     message = f"has made 4 optimizer steps, but {name} is zero: .*checkpoint.load=model_only".replace(".", r"\.")
     with pytest.raises(CheckpointError, match=message.replace(r"\.*", ".*")):
         run_distributed(train_in_turn, 2, [_run(corpus, copy, "run.seed=1")])
+    # The remedy that the message names.
+    knowingly = _run(corpus, copy, "run.seed=1", "checkpoint.load=model_only", "run.steps=5")
+    run_distributed(train_in_turn, 2, [knowingly])
+    assert read_manifest(list_checkpoints(copy)[-1]).optimizer_step == 1
 
 
 def test_files_are_told_apart_by_the_rank_that_wrote_them(runs: tuple[Path, Path]) -> None:

@@ -10,6 +10,7 @@ from model.fingerprint import Fingerprints
 from parallel.errors import ConfigError, ExpansionError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
+from train import run
 from train.checkpoint import list_checkpoints, read_manifest
 from train.guard import RETURNED, Guard
 from train.requests import RequestFolder, leave_request
@@ -128,47 +129,65 @@ def test_a_request_that_cannot_be_is_refused_and_training_goes_on(corpus: Path, 
         leave_request(run_dir, {"factor": 2})
 
 
-# Replicas and routers that learn far too fast: the larger model falls apart while the small one learns well.
-_RUIN = (
-    f"upcycle.stages=[{{at_step: 8, {_GROW}, replica_lr_multiplier: 10000, router_lr_multiplier: 10000, "
-    "lr_multiplier_steps: 100}]"
-)
-_WATCH = ["run.steps=11", "schedule=constant", "schedule.learning_rate=0.02", "evaluation.interval_steps=1", "upcycle.guard.evaluations=1",
-          "upcycle.guard.max_increase=0.1"]  # fmt: skip
+_WATCH = ["run.steps=7", "evaluation.interval_steps=1", "upcycle.guard.evaluations=2", "upcycle.guard.max_increase=0.1"]
+
+
+def _spoilt(runs: list[list[str]]) -> list[str]:
+    """Runs whose larger model does badly: what it says of the held-out text is a nat too much, but not at the switch."""
+    told = run.evaluate
+
+    def worse(stage: Any, *arguments: Any) -> float:
+        fresh = stage.scheduler.num_steps == 3
+        return told(stage, *arguments) + (stage.num_experts > 8 and not fresh)
+
+    run.evaluate = worse
+    try:
+        return train_in_turn(runs)
+    finally:
+        run.evaluate = told
 
 
 def test_the_guard_stops_and_refuses_until_told_otherwise(corpus: Path, tmp_path: Path) -> None:
-    base = _run(corpus, tmp_path / "run", _RUIN, *_WATCH)
-    message = r"stopped by the guard: after the expansion at step 8 .* or go back with run\.resume=.*step-00000008 "
+    base = _run(corpus, tmp_path / "run", *_WATCH)
+    message = r"stopped by the guard: after the expansion at step 3 .* or go back with run\.resume=.*step-00000003 "
     with pytest.raises(ExpansionError, match=message):
-        run_distributed(train_in_turn, 2, [base])
+        run_distributed(_spoilt, 2, [base])
     stopped = max(metrics(tmp_path / "run"))
-    assert 9 <= stopped < 11
+    assert stopped == 5
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{stopped:08d}"
     with pytest.raises(ExpansionError, match=message):
-        run_distributed(train_in_turn, 2, [base])
+        run_distributed(_spoilt, 2, [base])
     assert max(metrics(tmp_path / "run")) == stopped
-    run_distributed(train_in_turn, 2, [[*base, "upcycle.guard.action=off"]])
-    assert max(metrics(tmp_path / "run")) == 11
+    run_distributed(_spoilt, 2, [[*base, "upcycle.guard.action=off"]])
+    assert max(metrics(tmp_path / "run")) == 7
 
 
 def test_the_guard_returns_to_the_run_that_never_expanded(corpus: Path, tmp_path: Path) -> None:
     """Back in the same job, and from then on bit for bit the run of the small model; a resume does not try again."""
     returned, never = tmp_path / "returned", tmp_path / "never"
-    base = _run(corpus, returned, _RUIN, *_WATCH, "upcycle.guard.action=return", "checkpoint.interval_steps=1")
+    base = _run(corpus, returned, *_WATCH, "upcycle.guard.action=return", "checkpoint.interval_steps=1")
     plain = _run(corpus, never, "upcycle.stages=[]", *_WATCH)
-    run_distributed(train_in_turn, 2, [base, plain], timeout=400)
+    run_distributed(_spoilt, 2, [base, plain], timeout=400)
     (back,) = events(returned, "return")
-    assert back["details"]["num_experts"] == 8 and back["details"]["from_step"] >= 9
+    assert back["details"]["num_experts"] == 8 and back["details"]["from_step"] == 5
     assert (returned / RETURNED).exists()
     assert _losses(returned) == _losses(never)
     assert _final(returned) == _final(never)
     # A kill right after the return: only the checkpoint before the expansion is left, and the stage stays out.
     for path in list_checkpoints(returned):
-        if path.name > "step-00000008":
+        if path.name > "step-00000003":
             shutil.rmtree(path)
-    run_distributed(train_in_turn, 2, [base])
+    run_distributed(_spoilt, 2, [base])
     assert _losses(returned) == _losses(never) and _final(returned) == _final(never)
+
+
+def test_a_second_return_leaves_out_what_the_first_did(tmp_path: Path) -> None:
+    from train.guard import _record, held_from
+
+    assert held_from(tmp_path) is None
+    _record(tmp_path, 100, 120, "a configured stage")
+    _record(tmp_path, 150, 170, "a request")
+    assert held_from(tmp_path) == 100
 
 
 def test_guard_counts_evaluations_in_a_row() -> None:

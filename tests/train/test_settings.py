@@ -1,5 +1,7 @@
 """Settings: what a user types is understood, or refused in one line with the key, the value and the remedy."""
 
+from pathlib import Path
+
 import pytest
 
 from parallel.errors import ConfigError
@@ -16,6 +18,16 @@ def test_demo_settings_derive_what_the_command_line_says() -> None:
     assert settings.upcycle.expert_counts(settings.model.num_experts) == [8, 24]
     assert settings.parallel.describe(2)["data"] == 2
     assert settings_from_dict(settings_to_dict(settings)) == settings
+
+
+def test_a_number_of_tokens_is_judged_when_the_checkpoint_is_known(tmp_path: Path) -> None:
+    """With half the batch from here on, the stage that is over would lie past the end of the run."""
+    words = [*_DEMO, f"run.dir={tmp_path}", "run.steps=60", "schedule.decay_steps=5", "data.global_batch_size=4"]
+    words += ["upcycle.stages=[{at_tokens: 81920, factor: 2}]", "data.micro_batch_size=2"]
+    with pytest.raises(ConfigError, match=r"at_tokens=81920 \(step 80\) is past the end of the run"):
+        load_settings(words, 2)
+    (tmp_path / "checkpoints").mkdir()
+    assert load_settings(words, 2).upcycle.stages[0].at_tokens == 81920
 
 
 @pytest.mark.parametrize("name", config_groups()["model"])

@@ -53,6 +53,11 @@ def test_what_the_guard_returned_from_is_left_out() -> None:
     stages = [StageConfig(at_step=3, factor=2), StageConfig(at_step=20, factor=2)]
     past = _past(8, [_configured(stages[0])], step=10)
     assert plan_course(stages, 8, past, held_from=20).stages == stages[:1]
+    assert plan_course(stages, 8, past, held_from=20).held == (_configured(stages[1], 1),)
+    # Growing on load is held back as well, and its checkpoint goes on as it is.
+    small = _past(8, [], step=10)
+    course = plan_course([], 16, small, on_load=StageConfig(), held_from=10)
+    assert course.stages == [] and course.first_experts == 8
     # A request that came after the return holds.
     request = Entry(StageConfig(at_step=30, factor=3), "requested", "request-1")
     assert plan_course(stages, 8, past, held_from=20, requests=[request]).stages == [stages[0], request.rules]
