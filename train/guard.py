@@ -21,6 +21,7 @@ from parallel.errors import DataError, ExpansionError
 from train.checkpoint import read_manifest
 from train.health import go_back
 from train.requests import undo_requests
+from train.run_files import write_json
 from upcycle.config import GUARD_KEPT, GuardConfig
 
 if TYPE_CHECKING:
@@ -135,15 +136,9 @@ def _go_back(run: "Run", guard: Guard, reason: str) -> None:
 
 
 def _record(run_dir: Path, step: int, left: int, reason: str) -> None:
-    path = run_dir / RETURNED
-    staging = path.with_suffix(".tmp")
     # What an earlier return left out stays left out.
     step = min(step, held_from(run_dir) or step)
-    try:
-        staging.write_text(json.dumps({"step": step, "left_at_step": left, "reason": reason}, indent=1))
-        staging.replace(path)
-    except OSError as e:
-        raise DataError(f"{path}: cannot write ({e.strerror}): free space or check permissions") from None
+    write_json(run_dir / RETURNED, {"step": step, "left_at_step": left, "reason": reason})
 
 
 def held_from(run_dir: Path) -> int | None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from parallel.errors import CoppiceError, DataError
 from train.checkpoint import Manifest, list_checkpoints, read_manifest
 from train.config import HealthConfig
+from train.run_files import write_json
 from train.stage import build_stage
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def attend(run: "Run", reason: str | None, samples: Stretch) -> None:
         if run.layout.rank == 0:
             # First, so that a kill in between leads through the same steps to the same place.
             run.persistence.folder.set_aside_after(source)
-            _record(run.files.run_dir, stretches, what)
+            body = {"stretches": [list(stretch) for stretch in stretches], "last_reason": what}
+            write_json(run.files.run_dir / SKIPPED, body)
     left, run.skipped_data = run.step, stretches
     manifest = go_back(run, source)
     run.reopen_data(manifest)
@@ -185,16 +187,6 @@ def _checkpoint_before(run: "Run", step: int, what: str) -> Path:
             "data is not what is wrong; lower schedule.learning_rate"
         )
     return found
-
-
-def _record(run_dir: Path, stretches: Sequence[Stretch], reason: str) -> None:
-    path = run_dir / SKIPPED
-    staging = path.with_suffix(".tmp")
-    try:
-        staging.write_text(json.dumps({"stretches": [list(s) for s in stretches], "last_reason": reason}, indent=1))
-        staging.replace(path)
-    except OSError as e:
-        raise DataError(f"{path}: cannot write ({e.strerror}): free space or check permissions") from None
 
 
 def go_back(run: "Run", source: Path) -> Manifest:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, CoppiceError, DataError, ExpansionError
-from train.run_files import RunFiles, make_directory
+from train.run_files import RunFiles, make_directory, write_json
 from train.settings import read_yaml, stage_from_dict
 from upcycle.course import Course, Entry
 from upcycle.stage_config import StageConfig
@@ -71,7 +71,7 @@ class RequestFolder:
         }
         make_directory(self.root)
         path = self.root / f"request-{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(2)}.json"
-        _write(path, body)
+        write_json(path, body)
         return path
 
     def read(self, path: Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class RequestFolder:
             body = json.loads(path.read_text())
         except (OSError, ValueError):
             body = {}
-        _write(path.with_name(f"{path.name.split('.')[0]}.{mark}.json"), {**body, **details})
+        write_json(path.with_name(f"{path.name.split('.')[0]}.{mark}.json"), {**body, **details})
         path.unlink(missing_ok=True)
 
     def answer(self, path: Path) -> tuple[str, dict[str, Any]] | None:
@@ -122,18 +122,6 @@ class RequestFolder:
                 raise DataError(f"{path} does not say when it was taken: restore it, or remove it to leave it out")
             found.append((path, body["step"], body["rules"]))
         return found
-
-
-def _write(path: Path, body: Mapping[str, Any]) -> None:
-    staging = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(staging, "w") as file:
-            json.dump(body, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    except OSError as e:
-        raise DataError(f"{path}: cannot write ({e.strerror}): free space or check permissions") from None
 
 
 def leave_request(run_dir: Path, rules: Mapping[str, Any]) -> tuple[RequestFolder, Path]:

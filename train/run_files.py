@@ -18,7 +18,7 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,29 @@ def make_directory(path: Path) -> None:
         raise DataError(
             f"{path}: cannot create this folder ({error.strerror}): choose another run directory"
         ) from error
+
+
+def write_json(path: Path, body: Mapping[str, Any], *, sync: bool = True) -> None:
+    """Replace a small JSON file as a whole: a kill leaves the old one or the new one.
+
+    Args:
+        path: of the file.
+        body: what it shall hold.
+        sync: put it on the disk before it counts; not worth it for what is written again soon.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    staging = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(staging, "w") as file:
+            json.dump(body, file, indent=1)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(staging, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot write ({error.strerror}): free space or check permissions") from error
 
 
 def encode_line(record: dict[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import CoppiceError, DataError
+from train.run_files import write_json
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -40,13 +41,7 @@ def write_status(run_dir: Path, state: str, step: int, steps: int, **details: An
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     body = {"state": state, "step": step, "steps": steps, "time": now, "host": socket.gethostname(), "pid": os.getpid()}
-    path = run_dir / STATUS
-    staging = path.with_suffix(".tmp")
-    try:
-        staging.write_text(json.dumps({**body, **details}))
-        staging.replace(path)
-    except OSError as e:
-        raise DataError(f"{path}: cannot write ({e.strerror}): free space or check permissions") from None
+    write_json(run_dir / STATUS, {**body, **details}, sync=False)
 
 
 def tell_status(run: "Run", state: str, **details: Any) -> None:

@@ -179,7 +179,8 @@ def test_files_are_told_apart_by_the_rank_that_wrote_them(runs: tuple[Path, Path
 
 def test_two_jobs_on_one_run_directory(corpus: Path, tmp_path: Path) -> None:
     """The second is refused while the first runs, and not after it was killed."""
-    words = [*SMALL, f"data.corpus={corpus}", f"run.dir={tmp_path}", "run.steps=100000", "upcycle.stages=[]"]
+    words = [*SMALL, f"data.corpus={corpus}", f"run.dir={tmp_path}", "run.steps=100000", "upcycle.stages=[]",
+             "checkpoint.interval_steps=null"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(
         [sys.executable, "-m", "train", *words], stdout=subprocess.PIPE, text=True, env=environment

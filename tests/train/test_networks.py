@@ -7,7 +7,7 @@ import pytest
 
 from parallel.errors import CheckpointError
 from tests.distributed import run_distributed
-from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
+from tests.train.trainer import SMALL, events, metrics, reseal, small_corpus, train_in_turn
 from train.checkpoint import list_checkpoints, read_manifest
 
 _SHRUNK = [
@@ -102,7 +102,9 @@ def test_missing_optimizer_state_is_refused_and_the_flag_accepts_it(corpus: Path
     """A checkpoint of the model alone: refused by the first key, accepted with checkpoint.load=model_only."""
     base = [*SMALL, "upcycle.stages=[]", "run.steps=4", f"data.corpus={corpus}", f"run.dir={tmp_path}"]
     run_distributed(train_in_turn, 2, [[*base, "run.stop_at_step=2"]])
-    run_distributed(_drop_optimizer_state, 1, str(list_checkpoints(tmp_path)[-1] / "tensors"))
+    (newest,) = list_checkpoints(tmp_path)
+    run_distributed(_drop_optimizer_state, 1, str(newest / "tensors"))
+    reseal(newest)
     with pytest.raises(CheckpointError, match=r"lacks \d+ keys .* first optimizer\.state\.exp_avg\..*model_only"):
         run_distributed(train_in_turn, 2, [base])
     assert list(metrics(tmp_path)) == [1, 2]

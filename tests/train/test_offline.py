@@ -108,7 +108,8 @@ def test_expanding_offline_is_the_jobs_expansion(job: Path, corpus: Path, tmp_pa
     assert tensor_digests(output) == tensor_digests(theirs)
     mine, other = read_manifest(output), read_manifest(theirs)
     for name in vars(mine):
-        if name not in ("stages", "guard"):
+        # Two ranks wrote the job's files, one process ours: the tensors in them are what is compared above.
+        if name not in ("stages", "guard", "files"):
             assert getattr(mine, name) == getattr(other, name), name
     assert (mine.stages[0]["origin"], other.stages[0]["origin"]) == ("offline", "configured")
 
@@ -148,7 +149,7 @@ def test_rules_without_gradients_need_no_model(job: Path, tmp_path: Path, capsys
         (["--factor", "two"], 2, "factor: Value 'two'"),
         ([], 2, "has no stage to come in its configuration: say --factor or --num-experts"),
         (["--parallel", "{expert: 4}"], 2, "the stage.parallel.expert=4 x parallel.expert_tensor=1"),
-        (["--factor", "2", "--output", "."], 4, "--output . exists and is not empty"),
+        (["--factor", "2", "--output", "."], 4, "exists and is not empty: choose another folder"),
         (["--plan", "/nowhere.json"], 5, "--plan /nowhere.json cannot be read"),
         (["--factor", "2", "--chunk-mib", "0"], 2, "--chunk-mib=0 must be 1 or more"),
     ],

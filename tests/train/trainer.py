@@ -64,6 +64,13 @@ def rewrite_manifest(checkpoint: Path, **changes: Any) -> None:
     (checkpoint / MARKER).write_text(json.dumps({"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}))
 
 
+def reseal(checkpoint: Path) -> None:
+    """Make a checkpoint whose files were changed on purpose one that its writer might have left like this."""
+    from train.checkpoint_files import digests, file_names
+
+    rewrite_manifest(checkpoint, files=digests(checkpoint, file_names(checkpoint)))
+
+
 def tensor_digests(checkpoint: Path) -> dict[str, str]:
     """Key -> SHA-256 of shape, dtype and bytes of every tensor in a checkpoint: what "bit for bit" means in these tests."""
     from tests.distributed import run_distributed

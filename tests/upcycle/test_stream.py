@@ -5,7 +5,6 @@ expert-parallel ranks, fp32 with tensor-parallel experts (shards cut along other
 """
 
 import dataclasses
-import json
 import os
 import pickle
 import resource
@@ -22,6 +21,7 @@ from parallel.stream_files import read_index
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, _tensor_digests, metrics, small_corpus, train_in_turn
 from train.checkpoint import Manifest, read_manifest
+from train.checkpoint_files import digests, file_names, seal
 from upcycle.plan import ExpansionPlan, LayerPlan
 from upcycle.stream import stream_expand, stream_weight_scores
 from upcycle.verify import verify_expansion
@@ -154,7 +154,7 @@ def test_a_run_goes_on_from_it_as_from_its_own(folder: Path, case: Case, tmp_pat
     found = stream_expand(case.source, made / "tensors", case.plan, case.experts, chunk_bytes=5000)
     shutil.copytree(case.after / "rng", made / "rng")
     manifest = dataclasses.replace(read_manifest(case.after), fingerprints=found)
-    (made / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    seal(made, manifest, digests(made, file_names(made)))
     run = _overrides(folder, "bf16", tmp_path / "run", f"run.resume={made}", "run.stop_at_step=4")
     run_distributed(train_in_turn, 2, [run], timeout=200)
     theirs, mine = metrics(folder / "bf16"), metrics(tmp_path / "run")
