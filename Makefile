@@ -41,7 +41,7 @@ test-slow: setup  ## long proofs: every layout
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 test-faults: setup  ## hundreds of kills and corruptions of whole runs (about half an hour)
-	$(BIN)/python -m pytest tests/faults tests/train/test_corruption.py tests/train/test_stopping.py -m "faults or not slow"
+	$(BIN)/python -m pytest tests/faults tests/train/test_corruption.py tests/train/test_stopping.py tests/train/test_saving.py
 
 $(VENV312)/.ready: pyproject.toml constraints/py312.txt
 	@test -n "$(PYTHON312)" || { echo "error: Python 3.12 is not installed: install it, or name one with make PYTHON312=..." >&2; exit 1; }

@@ -98,7 +98,7 @@ def _last_step(run_dir: Path) -> int:
 
 
 def test_a_run_survives_kills(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = _campaign(14, 1, corpus, tmp_path)
+    told = _campaign(8, 1, corpus, tmp_path)
     with capsys.disabled():
         print(f"\n{told}")
 
