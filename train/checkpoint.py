@@ -140,6 +140,11 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(**values)
 
 
+def belongs_to(run_dir: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint lies in the folder of a run, by whatever name either was given."""
+    return checkpoint.resolve().parent.parent == run_dir.resolve()
+
+
 def resolve(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint to start from: newest of the run for `auto`, None for a fresh start, or a given path.
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.checkpoint import Manifest
+from train.checkpoint import Manifest, belongs_to
 from train.guard import RETURNED, held_from
 from train.requests import repeated_requests
 from upcycle.course import Past, plan_course
@@ -25,7 +25,7 @@ def follow(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
     """
     given, past = run.given, None
     if manifest and source:
-        own = source.resolve().parent.parent == run.files.run_dir.resolve()
+        own = belongs_to(run.files.run_dir, source)
         run.started_from = manifest.started_from if own else str(source.resolve())
         past = Past.of(str(source), manifest.step, manifest.num_experts, manifest.plans, manifest.stages)
     with run.layout.together("looking for what the guard left"):

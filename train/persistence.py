@@ -23,6 +23,7 @@ from train import random_state
 from train.checkpoint import (
     CheckpointFolder,
     Manifest,
+    belongs_to,
     checkpoint_name,
     list_checkpoints,
     need_space,
@@ -245,14 +246,11 @@ class Persistence:
         """
         self.settle()
         here = (self.run.step, self.run.stage.number)
-        if self._saved and self._saved[:2] == here and not (own and self._foreign(self._saved[2])):
+        if self._saved and self._saved[:2] == here and (not own or belongs_to(self.run.files.run_dir, self._saved[2])):
             return self._saved[2]
         self._task = self._begin(copy=False)
         self._task.run()
         return self._publish(self._task)
-
-    def _foreign(self, checkpoint: Path) -> bool:
-        return checkpoint.resolve().parent.parent != self.run.files.run_dir.resolve()
 
     def _begin(self, *, copy: bool) -> SaveTask:
         """Plan a save of the current state; collective."""

@@ -78,12 +78,12 @@ def test_what_is_written_later_is_what_was_there(corpus: Path, tmp_path: Path) -
     }
 
 
-def _failing(overrides: list[str], number: int) -> str:
-    """A run in which rank 1 cannot write its part of the n-th save in the background."""
+def _failing(overrides: list[str], number: int, *, background: bool = True) -> str:
+    """A run in which rank 1 cannot write its part of the n-th save, of those in the background or of the others."""
     write, seen = sharded_save.SaveInProgress.write, [0]
 
     def fail(self: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if (threading.current_thread() is not threading.main_thread()) is background:
             seen[0] += 1
             if seen[0] == number and torch.distributed.get_rank() == 1:
                 self._request = self._request._replace(async_fn=_full)
@@ -120,19 +120,5 @@ def test_a_final_save_that_fails_is_an_error_whatever_the_setting(corpus: Path, 
     base = _run(corpus, tmp_path, "upcycle.stages=[]", "checkpoint=ends", "checkpoint.interval_steps=null",
                 "checkpoint.on_failure=continue")  # fmt: skip
     with pytest.raises(CheckpointError, match="No space left on device"):
-        run_distributed(_failing_at_the_end, 2, base)
+        run_distributed(_failing, 2, base, 1, background=False)
     assert list_checkpoints(tmp_path) == []
-
-
-def _failing_at_the_end(overrides: list[str]) -> str:
-    write = sharded_save.SaveInProgress.write
-
-    def fail(self: Any) -> None:
-        self._request = self._request._replace(async_fn=_full)
-        write(self)
-
-    sharded_save.SaveInProgress.write = fail  # type: ignore[method-assign]
-    try:
-        return train_in_turn([overrides])[0]
-    finally:
-        sharded_save.SaveInProgress.write = write  # type: ignore[method-assign]
