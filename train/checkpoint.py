@@ -24,7 +24,7 @@ from parallel.layout import Layout
 from train.checkpoint_files import MANIFEST, MARKER, broken_seal, digests, file_names, is_sealed, seal, written_by
 from train.config import CheckpointConfig
 
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
 
 
@@ -57,7 +57,7 @@ class Manifest:
     fingerprints: dict[str, list[int]]
     # Checkpoint keys that run over experts.
     experts: dict[str, dict[str, Any]]
-    # Samples consumed, segments of the training stream, fingerprints of the corpora.
+    # Samples consumed; blends of the training stream and the seed of its shuffles (`train/sample_order.py`); tokenizer.
     data: dict[str, Any]
     scheduler: dict[str, Any]
     # Plans of all expansions so far, oldest first.

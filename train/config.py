@@ -73,6 +73,8 @@ class DataConfig:
     micro_batch_size: int = 4
     # Samples per optimizer step over all ranks; gradient accumulation is derived.
     global_batch_size: int = 8
+    # Go on with other corpora or weights than the checkpoint's, from its position on.
+    allow_change: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges.

@@ -1,13 +1,15 @@
-"""Batches of a run: mcore's blended GPT datasets over the corpora, addressed by the number of samples consumed.
+"""Batches of a run: mcore's GPT datasets over the corpora, addressed by the number of samples consumed.
 
-Which samples form step s is a function of s, the global batch size and the seed alone, so the data position is one number
-and survives any change of layout: rank r of D reads its slice of the same global batch.
+Which samples form step s is a function of s, the global batch size, the blends and the seed alone (`train/sample_order.py`),
+so the data position is one number and survives any change of layout: rank r of D reads its slice of the same global batch.
+Each corpus is read epoch by epoch; every epoch is one GPTDataset with a shuffle of its own, built when it is reached.
 """
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -17,21 +19,11 @@ from parallel.errors import DataError
 from parallel.layout import Layout
 from train.config import CorpusWeight, DataConfig
 from train.manifest import CorpusManifest, load_manifest
+from train.random_state import named_seed
+from train.sample_order import Blend, SampleOrder, blend_of
 from train.tokenizers import Tokenizer
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the training stream with its own shuffle.
-
-    mcore shuffles over all samples it is asked for, so asking for more would change the order of those already seen. A
-    run that is continued past its first length therefore gets another segment instead of a longer first one.
-    """
-
-    samples: int
-    seed: int
 
 
 def open_corpora(config: DataConfig) -> list[tuple[CorpusWeight, CorpusManifest]]:
@@ -55,16 +47,22 @@ def open_corpora(config: DataConfig) -> list[tuple[CorpusWeight, CorpusManifest]
                 f"data.corpus={part.prefix} holds {tokens} training tokens, fewer than one sample of "
                 f"data.sequence_length={config.sequence_length}: use more text or a shorter sequence"
             )
+    same: dict[str, str] = {}
+    for key, (part, manifest) in zip(keys, corpora, strict=True):
+        if manifest.fingerprint in same:
+            raise DataError(
+                f"{key}={part.prefix} holds the same text as {same[manifest.fingerprint]}: list it once, with the sum of "
+                "their weights"
+            )
+        same[manifest.fingerprint] = key
+    weights = {fingerprint: key.replace(".prefix", ".weight") for fingerprint, key in same.items()}
+    shares_of(corpora, 0).refuse_tiny_shares(weights)
     return corpora
 
 
-def plan_segments(known: Sequence[Segment], samples: int, seed: int) -> list[Segment]:
-    """Extend the segments of a run so that they cover `samples` training samples."""
-    segments = list(known)
-    covered = sum(s.samples for s in segments)
-    if covered < samples:
-        segments.append(Segment(samples=samples - covered, seed=seed + len(segments)))
-    return segments
+def shares_of(corpora: Sequence[tuple[CorpusWeight, CorpusManifest]], first_sample: int) -> Blend:
+    """The blend of a run's corpora, from a sample of its training stream on."""
+    return blend_of(first_sample, [(m.fingerprint, part.weight, part.prefix) for part, m in corpora])
 
 
 class DataStream:
@@ -73,7 +71,8 @@ class DataStream:
     Args:
         config: the `data` group.
         corpora: what `open_corpora` returned.
-        segments: shuffles of the training stream, in order.
+        blends: what the training stream is made of; the last one, to be read now, of `corpora`.
+        seed: of the shuffles.
         layout: data-parallel coordinates of this rank.
         cache: folder for mcore's index files, shared by all ranks.
         validation_samples: samples drawn for one evaluation.
@@ -83,55 +82,107 @@ class DataStream:
         self,
         config: DataConfig,
         corpora: list[tuple[CorpusWeight, CorpusManifest]],
-        segments: list[Segment],
+        blends: Sequence[Blend],
+        seed: int,
         layout: Layout,
         cache: Path,
         validation_samples: int,
     ) -> None:
         self.config = config
-        self.segments = segments
         self.layout = layout
+        self.seed = seed
+        self.order = SampleOrder(blends)
         self.tokenizer: Tokenizer = corpora[0][1].tokenizer()
-        self.fingerprints = [manifest.fingerprint for _, manifest in corpora]
-        # mcore names its cached indices after this; a blend is all of its corpora.
-        self.tokenizer.corpus_fingerprint = "+".join(self.fingerprints)
-        self._train: list[GPTDataset] = []
-        self._valid: GPTDataset | None = None
-        for i, segment in enumerate(segments):
-            train, valid = self._build(corpora, segment, cache, validation_samples if i == 0 else 0)
-            self._train.append(train)
-            self._valid = self._valid if i else valid
-        # Built after the segments: batches are read ahead by one step, off the training thread.
+        self._cache = cache
+        self._corpora = {manifest.fingerprint: manifest for _, manifest in corpora}
+        # Epochs that are open, by fingerprint and number.
+        self._epochs: dict[tuple[str, int], GPTDataset] = {}
+        self._valid = self._build_validation(corpora, validation_samples)
+        # Batches are read ahead by one step, off the training thread.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
-    def _build(
-        self, corpora: list[tuple[CorpusWeight, CorpusManifest]], segment: Segment, cache: Path, valid_samples: int
-    ) -> tuple[GPTDataset, GPTDataset | None]:
-        weights = [part.weight for part, _ in corpora] if len(corpora) > 1 else None
-        held_out = [(part, m) for part, m in corpora if m.tokens("valid") > self.config.sequence_length]
-        valid_blend = (
-            (
-                [str(m.path("valid")) for _, m in held_out],
-                [p.weight for p, _ in held_out] if len(held_out) > 1 else None,
-            )
-            if held_out and valid_samples
-            else None
-        )
-        config = GPTDatasetConfig(
-            random_seed=segment.seed,
+    def samples_per_epoch(self, fingerprint: str) -> int:
+        """Samples in one pass over a corpus; the tokens of each begin with the last of the one before."""
+        return (self._corpora[fingerprint].tokens("train") - 1) // self.config.sequence_length
+
+    def sources(self, first: int, stop: int) -> list[dict[str, Any]]:
+        """What the training stream draws from, for the records.
+
+        Args:
+            first: where the run stands in it.
+            stop: where it will end.
+
+        Returns:
+            Per corpus its name, its share of the samples, its training tokens, and how many passes over it will have
+            been made by `first` and by `stop`.
+        """
+        before, after = self.order.drawn(first), self.order.drawn(stop)
+        return [
+            {
+                "corpus": share.name,
+                "share": share.weight,
+                "tokens": self._corpora[share.fingerprint].tokens("train"),
+                "epochs_before": before.get(share.fingerprint, 0) / self.samples_per_epoch(share.fingerprint),
+                "epochs_after": after[share.fingerprint] / self.samples_per_epoch(share.fingerprint),
+            }
+            for share in self.order.blends[-1].shares
+        ]
+
+    def _dataset_config(self, seed: int, blends: list[Any], fingerprint: str) -> GPTDatasetConfig:
+        # mcore names its cached indices after this.
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.corpus_fingerprint = fingerprint
+        return GPTDatasetConfig(
+            random_seed=seed,
             sequence_length=self.config.sequence_length,
-            blend_per_split=[([str(m.path("train")) for _, m in corpora], weights), valid_blend, None],
-            path_to_cache=str(cache),
-            tokenizer=self.tokenizer,
+            blend_per_split=blends,
+            path_to_cache=str(self._cache),
+            tokenizer=tokenizer,
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        sizes = [segment.samples, valid_samples if valid_blend else 0, 0]
-        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-        return train, valid
+
+    def _build_epoch(self, fingerprint: str, number: int) -> GPTDataset:
+        """One pass over a corpus, shuffled for itself; collective."""
+        corpus = self._corpora[fingerprint]
+        # mcore seeds numpy, which takes 32 bits.
+        seed = named_seed(f"data/{self.seed}/{fingerprint}/{number}") % 2**32
+        config = self._dataset_config(seed, [([str(corpus.path("train"))], None), None, None], fingerprint)
+        # Without a number of samples mcore makes one epoch.
+        train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
+        return train
+
+    def _build_validation(self, corpora: list[tuple[CorpusWeight, CorpusManifest]], samples: int) -> GPTDataset | None:
+        """The same held-out samples for every evaluation; collective."""
+        held_out = [(part, m) for part, m in corpora if m.tokens("valid") > self.config.sequence_length]
+        if not held_out or not samples:
+            return None
+        weights = [part.weight for part, _ in held_out] if len(held_out) > 1 else None
+        blend = ([str(m.path("valid")) for _, m in held_out], weights)
+        fingerprint = "+".join(m.fingerprint for _, m in held_out)
+        config = self._dataset_config(self.seed, [None, blend, None], fingerprint)
+        _, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [0, samples, 0], lambda: True, config).build()
+        return valid
+
+    def _open(self, first: int, samples: int) -> None:
+        """Have every epoch open that a stretch of the training stream reads, on all ranks alike; collective."""
+        begin, end = self.order.drawn(first), self.order.drawn(first + samples)
+        for fingerprint in sorted(self._corpora):
+            per_epoch = self.samples_per_epoch(fingerprint)
+            start, stop = begin.get(fingerprint, 0), end.get(fingerprint, 0)
+            for number in range(start // per_epoch, -(-stop // per_epoch)):
+                if (fingerprint, number) not in self._epochs:
+                    self._epochs[fingerprint, number] = self._build_epoch(fingerprint, number)
+
+    def _close_before(self, first: int) -> None:
+        """Let go of the epochs that no sample from `first` on is in."""
+        begin = self.order.drawn(first)
+        for fingerprint, number in list(self._epochs):
+            if number < begin[fingerprint] // self.samples_per_epoch(fingerprint):
+                del self._epochs[fingerprint, number]
 
     @property
     def micro_batches(self) -> int:
@@ -143,12 +194,10 @@ class DataStream:
         """Whether any corpus holds out enough text for one sample."""
         return self._valid is not None
 
-    def _sample(self, index: int) -> Batch:
-        for segment, dataset in zip(self.segments, self._train, strict=True):
-            if index < segment.samples:
-                return dataset[index]
-            index -= segment.samples
-        raise IndexError("training samples are exhausted; plan_segments covers run.steps")
+    def _sample(self, number: int) -> Batch:
+        fingerprint, position = self.order.place(number)
+        epoch, index = divmod(position, self.samples_per_epoch(fingerprint))
+        return self._epochs[fingerprint, epoch][index]
 
     def _read(self, first: int, source: str) -> list[Batch]:
         """The micro-batches of the global batch that starts at sample `first`, as this rank sees them."""
@@ -176,11 +225,13 @@ class DataStream:
         if self._ahead is not None and self._ahead[0] == first:
             batches = self._ahead[1].result()
         else:
+            self._forget_ahead()
+            self._open(first, self.config.global_batch_size)
             batches = self._read(first, "train")
-        self._ahead = None
         following = first + self.config.global_batch_size
-        if following + self.config.global_batch_size <= sum(s.samples for s in self.segments):
-            self._ahead = (following, self._reader.submit(self._read, following, "train"))
+        self._close_before(following)
+        self._open(following, self.config.global_batch_size)
+        self._ahead = (following, self._reader.submit(self._read, following, "train"))
         return batches
 
     def enter(self, layout: Layout) -> None:
@@ -188,14 +239,19 @@ class DataStream:
 
         The position is a number of samples, and the global batch stays: nothing is skipped or read twice.
         """
+        self._forget_ahead()
+        self.layout = layout
+
+    def _forget_ahead(self) -> None:
+        """Drop what was read ahead."""
         if self._ahead is not None:
-            # Whether it could be read does not matter any more, but it asks for the old coordinates until it ends.
+            # Whether it could be read does not matter any more, but it asks for what is about to change until it ends.
             wait([self._ahead[1]])
             self._ahead = None
-        self.layout = layout
 
     def peek(self, first: int) -> list[Batch]:
         """Like `train`, for a look at batches that are not consumed: what was read ahead stays."""
+        self._open(first, self.config.global_batch_size)
         return self._read(first, "train")
 
     def validation(self, number: int) -> list[Batch]:

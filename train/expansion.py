@@ -228,16 +228,10 @@ def measure(run: "Run", rules: StageConfig) -> tuple[Amounts | None, Amounts | N
     return scores, {number: row.tolist() for number, row in zip(stage.load.layer_numbers, share_LE, strict=True)}
 
 
-def _batches(run: "Run", wanted: int) -> int:
-    """Global batches that can be peeked at; fewer near the end of the training stream."""
-    available = sum(s.samples for s in run.data.segments) - run.samples
-    return max(1, min(wanted, available // run.settings.data.global_batch_size))
-
-
 def _peek(run: "Run", wanted: int, *, forward_only: bool) -> None:
     """Run the batches that training will see next; they are not consumed."""
     first, batch = run.samples, run.settings.data.global_batch_size
-    for _ in range(_batches(run, wanted)):
+    for _ in range(wanted):
         run.stop.raise_if_agreed(run.layout)
         first = beyond(first, batch, run.skipped_data)
         run_micro_batches(run.stage, run.layout, run.data.peek(first), forward_only=forward_only)
@@ -260,7 +254,12 @@ def _gradient_scores(run: "Run", rules: StageConfig) -> dict[int, list[float]]:
         finally:
             config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
 
-    count = _batches(run, rules.scoring_batches)
     return gradient_scores(
-        stage.chunks, stage.wrapped, run.layout, stage.num_experts, accumulate, count, utility=rules.utility
+        stage.chunks,
+        stage.wrapped,
+        run.layout,
+        stage.num_experts,
+        accumulate,
+        rules.scoring_batches,
+        utility=rules.utility,
     )

@@ -7,7 +7,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +29,10 @@ from train.checkpoint import (
     read_manifest,
 )
 from train.config import RunSettings
-from train.data import Segment
+from train.data import shares_of
 from train.guard import Guard
 from train.health import Health
+from train.sample_order import Blend
 from train.save_task import SaveTask
 from train.settings import settings_to_dict
 from train.start import model_identity
@@ -96,11 +96,19 @@ class Persistence:
         return manifest
 
     def _check_data(self, path: Path, manifest: Manifest) -> None:
-        mine = [m.fingerprint for _, m in self.run.corpora]
-        if manifest.data["fingerprints"] != mine:
+        tokenizer = self.run.corpora[0][1].tokenizer_digest
+        if manifest.data["tokenizer"] != tokenizer:
             raise CheckpointError(
-                f"checkpoint {path} was trained on other data (fingerprint {manifest.data['fingerprints'][0][:12]}, "
-                f"data.corpus has {mine[0][:12]}): its position means nothing there; use the same corpus"
+                f"checkpoint {path} was trained on tokens of another tokenizer (digest {manifest.data['tokenizer'][:12]}, "
+                f"that of the data is {tokenizer[:12]}): its embeddings mean nothing here; build the corpora with its "
+                "tokenizer"
+            )
+        before = self.known_blends(manifest)[-1]
+        changed = before.difference(shares_of(self.run.corpora, manifest.data["samples"]))
+        if changed and not self.settings.data.allow_change:
+            raise CheckpointError(
+                f"checkpoint {path} was trained on other data: {changed}: use the same corpora and weights, or "
+                "data.allow_change=true to go on with these; no sample comes twice within an epoch of its corpus"
             )
         length = manifest.data["sequence_length"]
         if length != self.settings.data.sequence_length:
@@ -109,9 +117,9 @@ class Persistence:
                 f"samples of {length} tokens: use data.sequence_length={length}"
             )
 
-    def known_segments(self, manifest: Manifest | None) -> list[Segment]:
-        """Shuffles of the training stream that a checkpoint has begun with."""
-        return [Segment(**s) for s in manifest.data["segments"]] if manifest else []
+    def known_blends(self, manifest: Manifest | None) -> list[Blend]:
+        """What the training stream of a checkpoint is made of."""
+        return [Blend.from_dict(values) for values in manifest.data["blends"]] if manifest else []
 
     def check_space(self) -> None:
         """Refuse to start where not even one checkpoint of the current stage fits.
@@ -205,8 +213,9 @@ class Persistence:
             experts=expert_keys(stage.chunks, self.layout),
             data={
                 "samples": run.samples,
-                "segments": [asdict(s) for s in run.data.segments],
-                "fingerprints": run.data.fingerprints,
+                "seed": run.data.seed,
+                "blends": [blend.to_dict() for blend in run.data.order.blends],
+                "tokenizer": run.corpora[0][1].tokenizer_digest,
                 "sequence_length": self.settings.data.sequence_length,
             },
             scheduler=stage.scheduler.state_dict(),

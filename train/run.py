@@ -24,7 +24,7 @@ from train.checkpoint import Manifest, folder_bytes
 from train.config import RunSettings
 from train.console import Console
 from train.course import follow
-from train.data import DataStream, plan_segments
+from train.data import DataStream, shares_of
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
 from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
@@ -33,6 +33,7 @@ from train.record import record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
 from train.run_lock import lock_run
+from train.sample_order import continued
 from train.settings import settings_to_dict, write_yaml
 from train.signals import Stopping, StopRequest
 from train.stage import Stage, build_stage
@@ -231,27 +232,21 @@ class Run:
         return random_state.named_seed(f"layout/{self.settings.run.seed}/{number}/{self.step}")
 
     def _open_data(self, manifest: Manifest | None) -> None:
-        data, run = self.settings.data, self.settings.run
-        position = manifest.data["samples"] if manifest else 0
-        done = manifest.step if manifest else 0
-        known = self.persistence.known_segments(manifest)
-        wanted = position + (run.steps - done) * data.global_batch_size
-        segments = plan_segments(known, wanted, run.seed)
-        if self.skipped_data:
-            # Made up for behind the rest, whose order stays. A stretch may cost a batch more than its own samples.
-            spare = sum(count + data.global_batch_size for _, count in self.skipped_data)
-            segments = plan_segments(segments, wanted + spare, run.seed)
+        data = self.settings.data
+        here = shares_of(self.corpora, manifest.data["samples"] if manifest else 0)
         self.data = DataStream(
             data,
             self.corpora,
-            segments,
+            continued(self.persistence.known_blends(manifest), here),
+            # The order a run began with stays, whatever run.seed says later.
+            manifest.data["seed"] if manifest else self.settings.run.seed,
             self.layout,
             self.files.run_dir / "cache",
             self.settings.evaluation.batches * data.global_batch_size,
         )
 
     def reopen_data(self, manifest: Manifest) -> None:
-        """Read from where a checkpoint stands, with what is left out since made up for at the end."""
+        """Read from where a checkpoint stands."""
         self.data.close()
         self._open_data(manifest)
 
@@ -259,14 +254,21 @@ class Run:
         counts = count_parameters(self.settings.model, self.stage.chunks, self.layout)
         layout = self.layout.describe()
         self.console.opening(self.settings, counts, layout, self.data.micro_batches, experts_kind(self.settings.model))
+        ahead = (self.settings.run.steps - self.step) * self.settings.data.global_batch_size
+        sources = self.data.sources(self.samples, self.samples + ahead)
         self.event(
             "start",
             num_experts=self.stage.num_experts,
             world_size=self.layout.world_size,
             layout=layout,
+            data=sources,
             versions=versions(),
             **counts,
         )
+        self.console.sources(sources)
+        if manifest and self.data.order.blends[-1].first_sample == self.samples:
+            self.event("data_change", first_sample=self.samples)
+            self.console.say(f"other data than before from sample {self.samples} on (data.allow_change)")
         for passed in self.skipped:
             self.event("checkpoint_skipped", **passed)
             self.console.say(f"checkpoint {passed['checkpoint']} was passed over: {passed['problem']}")
