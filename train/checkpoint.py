@@ -74,6 +74,10 @@ class Manifest:
     owes_evaluation: bool = False
     # Checkpoint of another run that this run began with.
     started_from: str | None = None
+    # Checkpoint that was last continued with fresh moments.
+    model_only: str | None = None
+    # Step from which the schedule counts.
+    schedule_begins: int = 0
     # The configuration of the run that wrote it.
     config: dict[str, Any] = field(default_factory=dict)
     # Every other file: size in bytes and SHA-256 (`train/checkpoint_files.py`).

@@ -189,8 +189,10 @@ class CheckpointConfig:
     on_failure: str = "stop"
     # Save the end of the run. Stops and expansions are saved always.
     save_final: bool = True
-    # full, or model_only to accept a checkpoint without usable optimizer state knowingly.
+    # full, or model_only to accept a checkpoint without usable optimizer state knowingly; a run does so once.
     load: str = "full"
+    # With model_only: begin the schedule anew, over the steps that are left; otherwise it goes on where it stood.
+    reset_schedule: bool = False
     # How deep the files of a checkpoint are checked before it is loaded: sizes, or digests (all contents, by all ranks).
     verify: str = "digests"
 
@@ -206,6 +208,11 @@ class CheckpointConfig:
         one_of("checkpoint.load", self.load, ("full", "model_only"))
         one_of("checkpoint.on_failure", self.on_failure, ("stop", "continue"))
         one_of("checkpoint.verify", self.verify, ("sizes", "digests"))
+        if self.reset_schedule and self.load == "full":
+            raise ConfigError(
+                "checkpoint.reset_schedule=true needs checkpoint.load=model_only: Adam's moments belong to the schedule "
+                "they were made under"
+            )
 
 
 @dataclass
@@ -305,7 +312,7 @@ class RunSettings:
             ConfigError: naming the keys, the values and the remedy.
         """
         self._check_layout(world_size, self.parallel, _first_keys())
-        self._check_schedule()
+        self.check_schedule(0)
         self.upcycle.check_triggers()
         saves_before = self.upcycle.save_before or self.upcycle.path == "checkpoint"
         self.upcycle.guard.check(saves_before, self.evaluation.interval_steps is not None)
@@ -423,16 +430,21 @@ class RunSettings:
                 parallel.pipeline,
             )
 
-    def _check_schedule(self) -> None:
-        run, schedule = self.run, self.schedule
-        if schedule.warmup_steps >= run.steps:
+    def check_schedule(self, begins: int) -> None:
+        """Check that the schedule fits into the steps of the run from one on.
+
+        Raises:
+            ConfigError: naming the key, the value and the remedy.
+        """
+        run, schedule, decay = self.run, self.schedule, self.schedule.decay_steps or 0
+        since = f" - {begins}" if begins else ""
+        if schedule.warmup_steps >= run.steps - begins:
             raise ConfigError(
-                f"schedule.warmup_steps={schedule.warmup_steps} must be below run.steps={run.steps}: "
+                f"schedule.warmup_steps={schedule.warmup_steps} must be below run.steps={run.steps}{since}: "
                 "shorten the warm-up or raise run.steps"
             )
-        decay = schedule.decay_steps or 0
-        if schedule.style == "wsd" and decay > run.steps - schedule.warmup_steps:
+        if schedule.style == "wsd" and decay > run.steps - begins - schedule.warmup_steps:
             raise ConfigError(
                 f"schedule.decay_steps={decay} does not fit between the warm-up ({schedule.warmup_steps}) and "
-                f"run.steps={run.steps}: shorten it"
+                f"run.steps={run.steps}{since}: shorten it"
             )

@@ -159,7 +159,6 @@ def attend(run: "Run", reason: str | None, samples: Stretch) -> None:
             write_json(run.files.run_dir / SKIPPED, body)
     left, run.skipped_data = run.step, stretches
     manifest = go_back(run, source)
-    run.reopen_data(manifest)
     run.event("return", from_step=left, checkpoint=str(source), num_experts=manifest.num_experts, reason=what)
     run.console.say(
         f"went back from step {left} to {source.name}, state verified; these samples are left out from here on"
@@ -207,6 +206,15 @@ def go_back(run: "Run", source: Path) -> Manifest:
     gc.collect()
     run.course = run.course.back_to(manifest.stage)
     layout = run.enter_layout(manifest.stage)
-    run.stage = build_stage(run.settings, manifest.stage, layout, run.vocab_size, manifest.plans)
-    run.persistence.load(source, manifest, full=True)
+    full = run.persistence.enter(source, manifest, full=source != run.persistence.left_behind)
+    run.stage = build_stage(
+        run.settings,
+        manifest.stage,
+        layout,
+        run.vocab_size,
+        manifest.plans,
+        schedule_begins=run.schedule_begins,
+    )
+    run.reopen_data(manifest)
+    run.persistence.load(source, manifest, full=full)
     return manifest

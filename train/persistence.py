@@ -35,7 +35,7 @@ from train.health import Health
 from train.sample_order import Blend
 from train.save_task import SaveTask
 from train.settings import settings_to_dict
-from train.start import model_identity
+from train.start import model_identity, takes_optimizer
 from upcycle.optimizer_rules import attach
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Persistence:
         self._task: SaveTask | None = None
         # Name of the last checkpoint that room was asked for.
         self._reserved: str | None = None
+        # Checkpoint whose optimizer state this job did not take.
+        self.left_behind: Path | None = None
 
     @property
     def settings(self) -> RunSettings:
@@ -134,23 +136,47 @@ class Persistence:
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
-    def load(self, path: Path, manifest: Manifest, *, full: bool | None = None) -> None:
+    def enter(self, path: Path, manifest: Manifest, *, full: bool | None = None) -> bool:
+        """Take from a manifest what its stage is built with.
+
+        Args:
+            path: of the checkpoint.
+            manifest: its own.
+            full: with its optimizer state; None as the settings say.
+
+        Returns:
+            Whether to load its optimizer state.
+
+        Raises:
+            ConfigError: if the schedule is to begin anew and does not fit into what is left of the run.
+        """
+        run = self.run
+        full = takes_optimizer(run, path, manifest) if full is None else full
+        run.schedule_begins, run.model_only = manifest.schedule_begins, manifest.model_only
+        if not full:
+            self.left_behind, run.model_only = path, str(path.absolute())
+            if self.settings.checkpoint.reset_schedule:
+                self.settings.check_schedule(manifest.step)
+                run.schedule_begins = manifest.step
+        return full
+
+    def load(self, path: Path, manifest: Manifest, *, full: bool) -> None:
         """Load a checkpoint into the current stage and verify that every tensor arrived.
 
         Args:
             path: of the checkpoint.
             manifest: its own.
-            full: with its optimizer state; None as `checkpoint.load` says.
+            full: with its optimizer state.
 
         Raises:
             CheckpointError: if keys are missing, or anything differs from what was saved.
         """
         run, stage = self.run, self.run.stage
-        full = self.settings.checkpoint.load == "full" if full is None else full
         self.load_stage(path / "tensors", manifest.optimizer_step, full)
         if full:
             self.verify(path, manifest)
-        stage.scheduler.load_state_dict(manifest.scheduler)
+        if run.schedule_begins == manifest.schedule_begins:
+            stage.scheduler.load_state_dict(manifest.scheduler)
         run.step, run.samples = manifest.step, manifest.data["samples"]
         if manifest.layout == self.layout.describe():
             with self.layout.together("loading generator states"):
@@ -226,6 +252,8 @@ class Persistence:
             skipped_data=[list(stretch) for stretch in run.skipped_data],
             owes_evaluation=run.owes_evaluation,
             started_from=run.started_from,
+            model_only=run.model_only,
+            schedule_begins=run.schedule_begins,
             config=settings_to_dict(run.given),
             ages=run.ages.to_dict(),
             tracker_id=run.tracker.run_id,

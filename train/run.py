@@ -75,6 +75,9 @@ class Run:
         self.guard: Guard | None = None
         # Checkpoint of another run that this one began with.
         self.started_from: str | None = None
+        # The last one, of whichever run, that was continued with fresh moments; and the step the schedule counts from.
+        self.model_only: str | None = None
+        self.schedule_begins = 0
         # Whether all ranks know that a request waits.
         self._asked = False
         # Whether no rank was writing a checkpoint in the background when the last step ended.
@@ -162,14 +165,22 @@ class Run:
                 run.files.prepare()
         run._lock_folder()
         layout = run.enter_layout(number)
-        run.stage = build_stage(run.settings, number, layout, run.vocab_size, manifest.plans if manifest else ())
+        full = not (manifest and source) or run.persistence.enter(source, manifest)
+        run.stage = build_stage(
+            run.settings,
+            number,
+            layout,
+            run.vocab_size,
+            manifest.plans if manifest else (),
+            schedule_begins=run.schedule_begins,
+        )
         with layout.together("looking for samples to leave out"):
             left_out_here = read_skipped(run.files.run_dir) if layout.rank == 0 else []
         known = [(first, count) for first, count in manifest.skipped_data] if manifest else []
         run.skipped_data = sorted({*layout.from_rank_zero(left_out_here), *known})
         run._open_data(manifest)
         if manifest and source:
-            run.persistence.load(source, manifest)
+            run.persistence.load(source, manifest, full=full)
         return run, source, manifest
 
     def _lock_folder(self, *, only_if_there: bool = False) -> None:

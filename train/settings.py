@@ -76,7 +76,8 @@ def explain(error: BaseException) -> str:
             if "not in struct" in str(e) or ("not in" in text and "Key" in text):
                 if key.startswith("model.mcore."):
                     return f"{key} is a field of mcore's own: add it with a plus, +{key}=VALUE"
-                inside = "[" in key or key.startswith("upcycle.on_load.")
+                # A known key that is none here was meant inside an element of a list.
+                inside = "[" in key or key.startswith("upcycle.on_load.") or key in known_keys()
                 near = "" if inside else _nearest(key, known_keys())
                 near = near or _nearest(key.rsplit(".", 1)[-1], _element_keys())
                 return f"unknown key {key}{near or '; see `python -m train --cfg job` for all keys'}"

@@ -96,6 +96,7 @@ def build_stage(
     vocab_size: int,
     plans: Sequence[Mapping[str, Any]] = (),
     *,
+    schedule_begins: int = 0,
     blank: bool = False,
 ) -> Stage:
     """Build the model, DDP buffers, optimizer and schedule of stage `number`, freshly initialised.
@@ -106,6 +107,7 @@ def build_stage(
         layout: its process groups.
         vocab_size: tokens of the tokenizer.
         plans: of the stages up to this one, as dicts; the last expansion's families route together in exact mode.
+        schedule_begins: step of the run from which the schedule counts.
         blank: leave weights and masters unset, to be filled from another stage; no rank talks to another then.
 
     Raises:
@@ -173,7 +175,7 @@ def build_stage(
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
-        scheduler=build_scheduler(settings, optimizer, number),
+        scheduler=build_scheduler(settings, optimizer, number, schedule_begins),
         load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
     )
 
@@ -224,20 +226,21 @@ class _Rewarmed(OptimizerParamScheduler):
         return rate * rewarm_factor(max(0, self.num_steps - self._first_step), self._rewarm_steps)
 
 
-def build_scheduler(settings: RunSettings, optimizer: Any, number: int = 0) -> OptimizerParamScheduler:
+def build_scheduler(settings: RunSettings, optimizer: Any, number: int, begins: int) -> OptimizerParamScheduler:
     """mcore's schedule of learning rate and weight decay, counted in optimizer steps.
 
     Args:
         settings: of the run.
         optimizer: whose parameter groups it sets.
         number: of the stage; one with `rewarm_steps` warms up again.
+        begins: step of the run from which it counts.
     """
-    schedule, steps = settings.schedule, settings.run.steps
+    schedule, steps = settings.schedule, settings.run.steps - begins
     wsd = schedule.style == "wsd"
     begun = settings.upcycle.stages[number - 1] if number else None
     return _Rewarmed(
         optimizer,
-        first_step=begun.at_step if begun else 0,
+        first_step=begun.at_step - begins if begun else 0,
         rewarm_steps=begun.rewarm_steps if begun else 0,
         init_lr=0.0,
         max_lr=schedule.learning_rate,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from model.build import padded_vocab_size
 from parallel.errors import CheckpointError
-from parallel.optimizer_ages import OptimizerAges
-from train.checkpoint import DamagedCheckpoint, Manifest, list_checkpoints, read_manifest, resolve, unsealed
+from parallel.optimizer_ages import NEVER, OptimizerAges
+from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest, resolve, unsealed
 from train.checkpoint_files import wrong_files
 from train.config import RunSettings
 
@@ -118,7 +118,7 @@ def examine(run: "Run", path: Path) -> str | None:
                 problem = e.problem
             else:
                 check_identity(run, path, manifest)
-                if run.settings.checkpoint.load == "full":
+                if takes_optimizer(run, path, manifest):
                     check_moments(path, manifest)
     files, problem = run.layout.from_rank_zero((manifest.files if manifest else {}, problem))
     if problem is not None:
@@ -126,6 +126,18 @@ def examine(run: "Run", path: Path) -> str | None:
     level = run.settings.checkpoint.verify
     found = run.layout.gather_objects(wrong_files(path, files, level, (run.layout.rank, run.layout.world_size)))
     return next((problem for problem in found if problem is not None), None)
+
+
+def takes_optimizer(run: "Run", path: Path, manifest: Manifest) -> bool:
+    """Whether a start takes a checkpoint's optimizer state.
+
+    `checkpoint.load=model_only` is for the checkpoint that a run begins or goes on with once. The same command again, as
+    a batch system gives it, finds checkpoints with moments made since; only one that is named is taken without them again.
+    """
+    if run.settings.checkpoint.load == "full":
+        return True
+    made_since = manifest.model_only is not None and belongs_to(run.files.run_dir, path)
+    return made_since and Path(run.settings.run.resume).resolve() != path.resolve()
 
 
 def check_identity(run: "Run", path: Path, manifest: Manifest) -> None:
@@ -144,20 +156,39 @@ def check_identity(run: "Run", path: Path, manifest: Manifest) -> None:
 
 
 def check_moments(path: Path, manifest: Manifest) -> None:
-    """Refuse a checkpoint whose optimizer was started anew without a record of it: after steps, moments are not zero.
+    """Refuse a checkpoint whose optimizer is not that of its model, or was started anew without a record of it.
 
-    Only parameters that every token reaches are looked at: an expert without a token has no moments to speak of.
+    Every parameter has both of Adam's moments, and after steps neither is zero. A single expert may have none to speak of,
+    if no token ever came its way; all experts of a layer cannot.
 
     Raises:
-        CheckpointError: naming the first such parameter, and the flag to go on knowingly.
+        CheckpointError: naming the first moment at fault, and the flag to go on knowingly.
     """
-    if manifest.optimizer_step == 0 or OptimizerAges.from_dict(manifest.ages).others[1] == manifest.optimizer_step:
+    steps = manifest.optimizer_step
+    if steps == 0:
         return
-    for name, numbers in manifest.fingerprints.items():
-        state, key = name.split("/", 1)
-        # A tensor of zeros has the fingerprint 0 (`model/fingerprint.py`).
-        if state == "exp_avg_sq" and key not in manifest.experts and not any(numbers):
+    ages = OptimizerAges.from_dict(manifest.ages)
+    begun = ages.begun()
+    for name in manifest.fingerprints:
+        kind, key = name.split("/", 1)
+        place = manifest.experts.get(key, {})
+        # What balances the load is moved by rule, not by the optimizer.
+        if kind != "weight" or place.get("kind") == "selection_bias":
+            continue
+        for number, moment in enumerate(("exp_avg", "exp_avg_sq")):
+            rows = manifest.fingerprints.get(f"{moment}/{key}")
+            if rows is None:
+                fault = f"has no {moment}/{key}: its optimizer is not that of the model"
+            else:
+                since = [
+                    begun.get(place["layer"], {}).get(row, NEVER) if place else ages.others for row in range(len(rows))
+                ]
+                # A tensor of zeros has the fingerprint 0 (`model/fingerprint.py`).
+                old = [row for row, start in zip(rows, since, strict=True) if start[number] != steps]
+                if not old or any(old):
+                    continue
+                fault = f"has made {steps} optimizer steps, but {moment}/{key} is zero: its optimizer was started anew"
             raise CheckpointError(
-                f"checkpoint {path} has made {manifest.optimizer_step} optimizer steps, but {name} is zero: its optimizer "
-                "was started anew: use an older checkpoint, or checkpoint.load=model_only to go on with fresh moments"
+                f"checkpoint {path} {fault}: use an older checkpoint, or checkpoint.load=model_only to go on with fresh "
+                "moments"
             )

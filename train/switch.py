@@ -120,7 +120,9 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         gc.collect()
         layout = run.enter_layout(number)
         with layout.together("building the next stage"), _out_of_memory_explained("building the next stage"):
-            run.stage = build_stage(run.settings, number, layout, run.vocab_size, plans, blank=True)
+            run.stage = build_stage(
+                run.settings, number, layout, run.vocab_size, plans, schedule_begins=run.schedule_begins, blank=True
+            )
             run.stage.release_gradients()
             new = describe_stage(run.stage.chunks, run.stage.optimizer, layout, moments=moments)
     with clock.act("move"):
@@ -197,7 +199,9 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
             run.stage.release()
             gc.collect()
             layout = run.enter_layout(number)
-            run.stage = build_stage(run.settings, number, layout, run.vocab_size, plans)
+            run.stage = build_stage(
+                run.settings, number, layout, run.vocab_size, plans, schedule_begins=run.schedule_begins
+            )
         with clock.act("load"):
             persistence.load_stage(staging / "tensors", old.optimizer_step)
             carried.give(run)

@@ -42,6 +42,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["run.stps=3"], 2, r"unknown key run\.stps; did you mean run\.steps\?"),
         (["model.layer=3"], 2, r"unknown key model\.layer; did you mean model\.layers\?"),
         (["upcycle.stages=[{at_step: 3, fctor: 2}]"], 2, r"unknown key .*fctor; did you mean factor\?"),
+        (["upcycle.stages=[{at_step: 3, factor: 2, optimizer: reset}]"], 2, r"unknown key .*optimizer; did you mean optimizer_rule\?"),
         (["run.steps=abc"], 2, r"run\.steps: Value 'abc' .* Integer"),
         (["model=tyni"], 2, r"model=tyni is unknown: use one of .*; did you mean tiny\?"),
         (["optimizer=lion"], 2, r"optimizer=lion is unknown: use one of adamw"),
