@@ -1,27 +1,30 @@
-"""`python -m launch COMMAND`: front ends that start a run."""
+"""`python -m launch COMMAND`: front ends that start a run, or say what one would do."""
 
 import argparse
+import importlib
 import sys
 
-from launch.local import run_local
 from parallel.errors import CoppiceError
 
+# Each is a module of this package with `add_arguments(parser)` and `run(arguments) -> int`, its exit code; a command is
+# imported when it is asked for.
+_COMMANDS = {
+    "local": "processes on this machine, under torchrun",
+}
 
-def main() -> int:
-    """Parse the command line and start; errors are one line and an exit code."""
+
+def main(words: list[str] | None = None) -> int:
+    """Parse the command line and carry it out; errors are one line and an exit code."""
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start Coppice runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    local = commands.add_parser(
-        "local",
-        help="processes on this machine, under torchrun",
-        description="Start `-m train` under torchrun on this machine, with a free port unless one is named.",
-    )
-    local.add_argument("--processes", type=int, required=True, help="processes to start (one per GPU where there are)")
-    local.add_argument("--port", type=int, help="rendezvous port; a free one by default")
-    local.add_argument("overrides", nargs="*", help="settings, as for `python -m train`")
-    arguments = parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, told in _COMMANDS.items():
+        command = commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.")
+        if words[:1] == [name]:
+            importlib.import_module(f"launch.{name}").add_arguments(command)
+    arguments = parser.parse_args(words)
     try:
-        return run_local(arguments.processes, arguments.port, arguments.overrides)
+        return int(importlib.import_module(f"launch.{arguments.command}").run(arguments))
     except CoppiceError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

@@ -4,6 +4,7 @@ Settings are checked once before any process starts, a port in use is named, and
 last word instead of the agent's traceback.
 """
 
+import argparse
 import os
 import re
 import signal
@@ -24,6 +25,18 @@ _AGENT_LOG = re.compile(r"[WEI]\d{4} [\d:.]+ +\d+ torch/distributed/")
 
 _AGENT_FILES = ("torch/distributed/run.py", "torch/distributed/elastic/")
 _TERMINATED = 128 + signal.SIGTERM
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m launch local`."""
+    parser.add_argument("--processes", type=int, required=True, help="processes to start (one per GPU where there are)")
+    parser.add_argument("--port", type=int, help="rendezvous port; a free one by default")
+    parser.add_argument("overrides", nargs="*", help="settings, as for `python -m train`")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out `python -m launch local`."""
+    return run_local(arguments.processes, arguments.port, arguments.overrides)
 
 
 def check_port(port: int) -> None:
