@@ -18,12 +18,14 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from parallel.errors import DataError
-from parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from parallel.layout import Layout
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE = "stop"
@@ -77,11 +79,11 @@ class StopRequest:
             self.name = f"file {self._file}"
         return self.name is not None
 
-    def agreed(self, layout: Layout) -> bool:
+    def agreed(self, layout: "Layout") -> bool:
         """Whether any rank knows of a request; collective, the same answer everywhere."""
         return bool(layout.sum_over_world(torch.tensor([float(self.wanted())], device=layout.device)).item())
 
-    def raise_if_agreed(self, layout: Layout) -> None:
+    def raise_if_agreed(self, layout: "Layout") -> None:
         """End what is going on if any rank knows of a request; collective.
 
         Raises:
@@ -90,7 +92,7 @@ class StopRequest:
         if self.agreed(layout):
             raise Stopping
 
-    def told(self, layout: Layout) -> str:
+    def told(self, layout: "Layout") -> str:
         """What asked first, for the records; collective."""
         return next((name for name in layout.gather_objects(self.name) if name), "unknown")
 
