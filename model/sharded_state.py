@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
@@ -20,8 +21,17 @@ from model.build import moe_parts
 from parallel.compat import OPTIMIZER_METADATA, load_sharded
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
-from parallel.optimizer_state import allocate_state, chained, clear_moments, forget_step, set_step
-from parallel.sharded_save import SaveInProgress, begin_save
+from parallel.optimizer_state import (
+    OptimizerView,
+    allocate_state,
+    chained,
+    clear_moments,
+    forget_step,
+    optimizer_views,
+    set_step,
+)
+from parallel.regions import flat_boxes
+from parallel.sharded_save import KnownPlan, SaveInProgress, begin_save
 
 OPTIMIZER_PREFIX = "optimizer.state."
 MASTER_PREFIX = "optimizer.state.param."
@@ -54,6 +64,81 @@ def optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout, *, lo
             _use_distributed_keys(single, tree, flat, loading)
         trees.append(tree)
     return trees
+
+
+def _saved_optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout) -> list[Any]:
+    """`optimizer_state` to be saved, where every data rank writes the ranges of its own.
+
+    mcore collects masters and moments of all data ranks on each of them first; that takes three copies of the model and
+    most of the time of a save. A range of a parameter is a few boxes of its tensor, and checkpoints are made of boxes.
+    """
+    owned = [single for single in chained(optimizer) if isinstance(single, DistributedOptimizer)]
+    if not owned:
+        return optimizer_state(optimizer, model, layout, loading=False)
+    of_parameter: dict[int, list[tuple[ShardedTensor, tuple[int, ...], int]]] = {}
+    for _, leaf in sharded_leaves(model):
+        parts = _parts(leaf)
+        if parts is None:
+            return optimizer_state(optimizer, model, layout, loading=False)
+        of_parameter[id(leaf.data)] = parts
+    trees: list[Any] = []
+    for single in chained(optimizer):
+        if single not in owned:
+            trees += optimizer_state(single, model, layout, loading=False)
+            continue
+        boxes: list[ShardedTensor] = []
+        for view in optimizer_views(single):
+            for part, strides, first in of_parameter[id(view.param)]:
+                boxes.extend(_boxes(view, part, strides, first))
+        trees.append(boxes)
+    return trees
+
+
+def _parts(leaf: ShardedBase) -> list[tuple[ShardedTensor, tuple[int, ...], int]] | None:
+    """The logical tensors a parameter is stored as, with strides and first element of each in the parameter's memory.
+
+    None if they are not views of it.
+    """
+    if isinstance(leaf, ShardedTensor):
+        built, probe = [leaf], leaf.data
+    else:
+        # Built out of a tensor without memory: they are views, which tells where in the parameter they lie.
+        probe = torch.empty(leaf.data.shape, dtype=leaf.data.dtype, device="meta")
+        built = [part for _, part in sharded_leaves(dataclasses.replace(leaf, data=probe).build())]
+        if not all(
+            isinstance(part, ShardedTensor) and part.data is not None and part.data._base is probe for part in built
+        ):
+            return None
+    return [
+        (
+            part,
+            (0,) * part.prepend_axis_num + tuple(part.data.stride()),
+            part.data.storage_offset() if part is not leaf else 0,
+        )
+        for part in built
+    ]
+
+
+def _boxes(view: OptimizerView, part: ShardedTensor, strides: tuple[int, ...], first: int) -> Iterator[ShardedTensor]:
+    """What a flat range of masters and moments covers of one logical tensor."""
+    shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+    stop = view.start + view.tensors["param"].numel()
+    # The data ranks hold different ranges; whether another rank holds the same one is said by the rest.
+    replica_id = (*part.replica_id[:-1], 0)
+    for box in flat_boxes(shape, strides, first, view.start, stop):
+        at = first + sum(o * s for o, s in zip(box.offset, strides, strict=True)) - view.start
+        for name, tensor in view.tensors.items():
+            data = tensor.detach().as_strided(box.shape, strides, tensor.storage_offset() + at)
+            yield ShardedTensor(
+                key=f"{OPTIMIZER_PREFIX}{name}.{part.key}",
+                data=data,
+                dtype=data.dtype,
+                local_shape=box.shape,
+                global_shape=tuple(part.global_shape),
+                global_offset=tuple(a + b for a, b in zip(part.global_offset, box.offset, strict=True)),
+                axis_fragmentations=None,
+                replica_id=replica_id,
+            )
 
 
 def _use_distributed_keys(single: Any, tree: dict[str, Any], model: dict[str, Any], loading: bool) -> None:
@@ -95,7 +180,13 @@ def _write_back(trees: list[Any], loaded: dict[str, Any]) -> None:
 
 
 def begin_save_tensors(
-    directory: Path, chunks: list[GPTModel], optimizer: Any, layout: Layout, *, copy: bool
+    directory: Path,
+    chunks: list[GPTModel],
+    optimizer: Any,
+    layout: Layout,
+    *,
+    copy: bool,
+    known: KnownPlan | None = None,
 ) -> SaveInProgress:
     """Begin to write weights, buffers, masters and moments; collective over all ranks.
 
@@ -105,13 +196,14 @@ def begin_save_tensors(
         optimizer: their optimizer.
         layout: of both.
         copy: take copies in host memory, so that training may go on while they are written.
+        known: the plan of the last save of the same chunks and layout, to be used again (`begin_save`).
 
     Raises:
         CheckpointError: if the folder cannot be written.
     """
     state = model_state(chunks, layout)
-    state["optimizer"] = _flatten(optimizer_state(optimizer, dict(state), layout, loading=False))
-    return begin_save(state, str(directory), parallel_group=layout.groups.dp_cp, copy=copy)
+    state["optimizer"] = _flatten(_saved_optimizer_state(optimizer, dict(state), layout))
+    return begin_save(state, str(directory), parallel_group=layout.groups.dp_cp, copy=copy, known=known)
 
 
 def save_tensors(directory: Path, chunks: list[GPTModel], optimizer: Any, layout: Layout) -> None:

@@ -15,11 +15,14 @@ import difflib
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
+import pickle
 import platform
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -29,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.cpu_runtime import install_cpu_runtime
 from parallel.errors import CheckpointError, ConfigError
-from parallel.stream_files import read_index
+from parallel.safe_pickle import IndexReader, load_plain, read_index, unreadable
 
 Config = TypeVar("Config")
 
@@ -44,6 +47,9 @@ OPTIMIZER_METADATA: MappingProxyType[str, Any] = MappingProxyType(
         "non_homogeneous_layers": True,
     }
 )
+
+# The object in which 0.19 keeps the plain values.
+_COMMON = "common_state"
 
 
 def have_transformer_engine() -> bool:
@@ -189,6 +195,8 @@ def load_sharded(
 ) -> tuple[dict[str, Any], set[str], set[str]]:
     """Loads what a sharded state dict asks for from a torch_dist checkpoint, whatever the layout that wrote it.
 
+    No code in the checkpoint is run (`parallel/safe_pickle.py`).
+
     Args:
         sharded_state_dict: `ShardedTensor`s and `ShardedObject`s of mcore; the tensors in it are filled in place.
         directory: a checkpoint written by `save_sharded`.
@@ -199,15 +207,15 @@ def load_sharded(
         (unexpected). The sets are the same on all ranks.
 
     Raises:
-        CheckpointError: on all ranks, if there is no checkpoint, it cannot be read, a tensor in it has another shape,
-            or (strict) a key is missing.
+        CheckpointError: on all ranks, if there is no checkpoint, it cannot be read, it asks for code to be run, a tensor
+            in it has another shape, or (strict) a key is missing.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 
     with agreed():
-        stored = _stored_shapes(directory)
+        require_complete(directory)
+        reader = IndexReader(directory, read_index(directory))
+        stored = _shapes_in(reader.read_metadata().state_dict_metadata)
     asked = _asked_by_all(sharded_state_dict)
     missing, unexpected = asked.keys() - stored.keys(), stored.keys() - asked.keys()
     if strict and missing:
@@ -222,12 +230,95 @@ def load_sharded(
         _, sharded_state_dict = extract_matching_values(
             sharded_state_dict, lambda leaf: bool(_shapes_of(leaf).keys() & missing)
         )
+    return _loaded(sharded_state_dict, directory, reader), missing, unexpected
+
+
+def _loaded(sharded_state_dict: dict[str, Any], directory: str, reader: IndexReader) -> dict[str, Any]:
+    """`dist_checkpointing.load`, with readers that run no code in place of mcore's and torch's; collective."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.dict_utils import merge
+    from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+    from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+
+    force_all_tensors_to_non_fp8(sharded_state_dict)
+    wanted, fixed, factories = load_preprocess(sharded_state_dict)
+    wanted, _ = extract_sharded_base(wanted)
+    _, everyones = determine_global_metadata(wanted)
     with agreed():
         try:
-            state = dist_checkpointing.load(sharded_state_dict, directory)
+            # On rank 0 only, in 0.16.
+            validate_sharding_integrity(everyones)
+            state = _plain_values(directory, reader)
+            merge(state, fixed)
+            merge(state, _read_sharded(wanted, reader))
         except (OSError, CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
-            raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
-    return state, missing, unexpected
+            raise _reason(error, directory) from error
+    merged: dict[str, Any] = apply_factory_merges(state, factories)
+    return merged
+
+
+def _reason(error: BaseException, directory: str) -> CheckpointError:
+    """What to raise for what a load has failed with; torch wraps errors of ours and others."""
+    why: BaseException = error
+    for failure, _ in getattr(error, "failures", {}).values():
+        if isinstance(failure, CheckpointError):
+            why = failure
+        elif isinstance(failure, pickle.UnpicklingError):
+            why = unreadable("a tensor", failure)
+    return CheckpointError(f"checkpoint {directory} cannot be read: {why}")
+
+
+def _plain_values(directory: str, reader: IndexReader) -> dict[str, Any]:
+    """The values of a checkpoint that are not sharded: in a file of their own in 0.16, a stored object in 0.19."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    file = Path(directory) / "common.pt"
+    key = ShardedObject(_COMMON, None, (1,), (0,)).unique_key
+    if file.exists():
+        values = load_plain(file)
+    elif key in reader.read_metadata().state_dict_metadata:
+        (values,) = reader.read_bytes(key)
+    else:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: it has neither {file.name} nor {_COMMON}")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"checkpoint {directory} cannot be read: its plain values are a {type(values).__name__}")
+    return values
+
+
+def _read_sharded(wanted: dict[str, Any], reader: IndexReader) -> dict[str, Any]:
+    """`TorchDistLoadShardedStrategy.load`; every rank reads by itself what it asks for."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreLoadPlanner,
+        _replace_sharded_keys_with_state_dict_keys,
+        _replace_state_dict_keys_with_sharded_keys,
+        _restore_dict_types,
+        _unwrap_pyt_sharded_tensor,
+        mcore_to_pyt_state_dict,
+    )
+
+    class Planner(MCoreLoadPlanner):
+        def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+            key = read_item.dest_index.fqn
+            self.state_dict[key] = load_plain(value, key)
+
+    tensors = [leaf for leaf in nested_values(wanted) if isinstance(leaf, ShardedTensor)]
+    by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(wanted)
+    state = mcore_to_pyt_state_dict(by_key, True)
+    planner = Planner(
+        shapes_validation_sharded_tensors=[leaf for leaf in tensors if not leaf.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={leaf.key: leaf for leaf in tensors if leaf.allow_shape_mismatch},
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    torch.distributed.checkpoint.load(state, storage_reader=reader, planner=planner, no_dist=True)
+    read = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+    found: dict[str, Any] = _replace_sharded_keys_with_state_dict_keys(read, flat, renamed)
+    _restore_dict_types(found, wanted)
+    return found
 
 
 @contextlib.contextmanager
@@ -302,16 +393,17 @@ def _read_metadata(directory: str) -> dict[str, Any]:
     return read_index(directory).state_dict_metadata
 
 
-def _stored_shapes(directory: str) -> dict[str, tuple[int, ...] | None]:
+def _shapes_in(metadata: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Global shapes of what is stored, by key; None for objects."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     shapes: dict[str, tuple[int, ...] | None] = {}
-    for key, stored in _read_metadata(directory).items():
+    for key, stored in metadata.items():
         if isinstance(stored, TensorStorageMetadata):
             shapes[key] = tuple(stored.size)
         else:
             shapes[ShardedObject.empty_from_unique_key(key).key] = None
-    shapes.pop("common_state", None)  # where 0.19 keeps the plain values
+    shapes.pop(_COMMON, None)
     return shapes
 
 

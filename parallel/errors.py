@@ -38,6 +38,6 @@ class ExpansionError(CoppiceError):
 
 
 class LaunchError(CoppiceError):
-    """The processes could not find each other: a port in use, a missing rank, an unknown backend."""
+    """The processes could not find each other (a port in use, a missing rank), or one of them hangs or is gone."""
 
     exit_code = 6

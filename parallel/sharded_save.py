@@ -15,28 +15,58 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import hashlib
+import io
+import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from parallel.compat import agreed
 from parallel.errors import CheckpointError
+
+
+@dataclasses.dataclass
+class KnownPlan:
+    """The plan of one save, for the next of the same tensors from the same places: agreeing on it takes most of the time.
+
+    Attributes:
+        signature: of what this rank has described.
+        mine: which of it this rank writes, counted in the order of the description.
+        plan: how.
+        metadata: of the whole checkpoint; on rank 0.
+    """
+
+    signature: bytes = b""
+    mine: Sequence[int] = ()
+    plan: SavePlan | None = None
+    metadata: Metadata | None = None
+
+
+class _Request(NamedTuple):
+    """What is left to do of a save that is planned."""
+
+    async_fn: Callable[..., None]
+    async_fn_args: tuple[Any, ...]
+    finalize_fns: list[Callable[[], None]]
 
 
 class SaveInProgress:
     """One save between its plan and its end.
 
     Args:
-        request: of mcore: what to write, and what to do when all ranks have.
+        request: what to write, and what to do when all ranks have.
         directory: where.
     """
 
-    def __init__(self, request: Any, directory: str) -> None:
+    def __init__(self, request: _Request, directory: str) -> None:
         self._request, self._directory = request, directory
         self._failure: Exception | None = None
         self.written = False
@@ -70,6 +100,7 @@ def begin_save(
     *,
     parallel_group: dist.ProcessGroup | None = None,
     copy: bool = False,
+    known: KnownPlan | None = None,
 ) -> SaveInProgress:
     """Agree on who writes what; collective.
 
@@ -80,29 +111,75 @@ def begin_save(
         parallel_group: data-parallel group that shares out the writing of what its ranks hold alike; without one
             the main replica of each tensor writes it.
         copy: take copies in host memory of what this rank will write, so that the state may change meanwhile.
+        known: of the last save, used again if all ranks describe the same as then, and replaced otherwise. It must be
+            another one for another `parallel_group`.
 
     Raises:
         CheckpointError: on all ranks, if the shards of some tensor do not fit together, or a rank cannot make the
             directory.
     """
-    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
 
-    sharded, _ = save_preprocess(sharded_state_dict, False)
-    _check_shards(sharded, directory)
-    strategy = _strategy(copy)
-    if parallel_group is not None:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
-    with agreed():
-        try:
-            os.makedirs(directory, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
-    request = dist_checkpointing.save(
-        sharded_state_dict, directory, strategy, validate_access_integrity=False, async_sharded_save=True
-    )
-    return SaveInProgress(request, directory)
+    sharded, plain = save_preprocess(sharded_state_dict, False)
+    leaves = list(nested_values(sharded))
+    known = known or KnownPlan()
+    signature = _signature(leaves)
+    hits: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hits, known.signature == signature)
+    if not all(hits):
+        known.signature = b""
+        _check_shards(sharded, directory)
+        known.mine = _share_out(sharded, leaves, parallel_group)
+    with agreed(), _explained(directory):
+        os.makedirs(directory, exist_ok=True)
+        by_key: dict[str, list[Any]] = defaultdict(list)
+        for i in known.mine:
+            leaf = leaves[i]
+            by_key[getattr(leaf, "unique_key", leaf.key)].append(_copied(leaf) if copy else leaf)
+        state = mcore_to_pyt_state_dict(by_key, False)
+        planner, writer = _planner(), FileSystemWriter(directory)
+        planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=dist.get_rank() == 0)
+        writer.set_up_storage_writer(dist.get_rank() == 0, rank=dist.get_rank(), use_collectives=True)
+    if not all(hits):
+        known.plan, known.metadata = _planned(planner, writer, directory)
+        known.signature = signature
+    plan, common = planner.finish_plan(known.plan), io.BytesIO()
+    torch.save(plain, common)
+    return SaveInProgress(_request(plan, planner, writer, known.metadata, common.getvalue()), directory)
+
+
+def _request(
+    plan: SavePlan, planner: Any, writer: FileSystemWriter, metadata: Metadata | None, common: bytes
+) -> _Request:
+    """What is left to do: this rank's files, and then, together, the index and the mark of a complete checkpoint."""
+    results: list[Any] = []
+    directory, rank = str(writer.path), dist.get_rank()
+
+    def write() -> None:
+        if rank == 0:
+            # Where 0.16 keeps what is not sharded; 0.19 reads it too where it finds it.
+            with open(os.path.join(directory, "common.pt"), "wb") as file:
+                file.write(common)
+                file.flush()
+                os.fsync(file.fileno())
+        futures = writer.write_data(plan, planner)
+        futures.wait()
+        results.extend(futures.value())
+
+    def finish() -> None:
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+        everyones: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(results, everyones)
+        with agreed(), _explained(directory):
+            if everyones is not None and metadata is not None:
+                # torch writes into it where everything lies.
+                writer.finish(dataclasses.replace(metadata), everyones)
+                save_config(CheckpointingConfig("torch_dist", 1), directory)
+
+    return _Request(write, (), [finish])
 
 
 def save_sharded(
@@ -136,51 +213,42 @@ def _check_shards(sharded: dict[str, Any], directory: str) -> None:
             raise CheckpointError(f"checkpoint {directory} cannot be written: {error}") from error
 
 
-@functools.cache
-def _strategy(copy: bool) -> Any:
-    """mcore's torch_dist format, planned here and written by whoever calls the request."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-    from megatron.core.dist_checkpointing.strategies.torch import (
-        MCoreSavePlanner,
-        TorchDistSaveShardedStrategy,
-        _replace_state_dict_keys_with_sharded_keys,
-        mcore_to_pyt_state_dict,
+def _signature(leaves: Sequence[Any]) -> bytes:
+    """A digest of everything that decides how this rank's part is written, besides the numbers in it."""
+    state = hashlib.sha256()
+    for leaf in leaves:
+        fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf) if field.name != "data"}
+        state.update(repr((type(leaf).__name__, sorted(fields.items()))).encode())
+    return state.digest()
+
+
+def _share_out(sharded: dict[str, Any], leaves: Sequence[Any], group: dist.ProcessGroup | None) -> list[int]:
+    """Which leaves this rank writes; collective in the group. Marks them as main replicas."""
+    from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        distribute_main_replicas_with_precomputed_distribution as distribute,
     )
 
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, ShardedTensor):
-            return leaf
-        return dataclasses.replace(leaf, data=leaf.data.detach().to("cpu", copy=True))
+    if group is not None:
+        distribute(sharded, group, determine_main_replica_uniform_distribution(sharded, group))
+    return [i for i, leaf in enumerate(leaves) if is_main_replica(leaf.replica_id)]
 
-    class PlannedSave(TorchDistSaveShardedStrategy):
-        def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
-            by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-            with agreed(), _explained(str(checkpoint_dir)):
-                if copy:
-                    by_key = {key: [copied(leaf) for leaf in leaves] for key, leaves in by_key.items()}
-            planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-            writer = FileSystemWriter(checkpoint_dir)
-            state = mcore_to_pyt_state_dict(by_key, False)
-            plan, metadata = _planned(state, planner, writer, str(checkpoint_dir))
-            results: list[Any] = []
 
-            def write() -> None:
-                futures = writer.write_data(plan, planner)
-                futures.wait()
-                results.extend(futures.value())
+def _copied(leaf: Any) -> Any:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-            def finish() -> None:
-                rank = dist.get_rank()
-                everyones: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
-                dist.gather_object(results, everyones)
-                with agreed(), _explained(str(checkpoint_dir)):
-                    if everyones is not None:
-                        writer.finish(metadata, everyones)
+    if not isinstance(leaf, ShardedTensor):
+        return leaf
+    return dataclasses.replace(
+        leaf, data=leaf.data.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    )
 
-            return AsyncRequest(write, (), [finish])
 
-    return PlannedSave("torch_dist", 1)
+def _planner() -> Any:
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+
+    return MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
 @contextlib.contextmanager
@@ -193,12 +261,10 @@ def _explained(directory: str) -> Iterator[None]:
         raise CheckpointError(f"checkpoint {directory} cannot be written: {first}") from error
 
 
-def _planned(state: dict[str, Any], planner: Any, writer: FileSystemWriter, directory: str) -> tuple[Any, Any]:
+def _planned(planner: Any, writer: FileSystemWriter, directory: str) -> tuple[SavePlan, Metadata | None]:
     """This rank's part of the plan; on rank 0 the metadata of the whole too; collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     with agreed(), _explained(directory):
-        planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=rank == 0)
-        writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
         mine = writer.prepare_local_plan(planner.create_local_plan())
     plans: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(mine, plans)
@@ -207,6 +273,19 @@ def _planned(state: dict[str, Any], planner: Any, writer: FileSystemWriter, dire
         if plans is not None:
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
+            _check_whole(metadata, directory)
     box: list[Any] = [None]
     dist.scatter_object_list(box, plans)
-    return planner.finish_plan(box[0]), metadata
+    return box[0], metadata
+
+
+def _check_whole(metadata: Metadata, directory: str) -> None:
+    """Refuse a gap, which torch overlooks on one rank and mcore where shards are of different sizes."""
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            held = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
+            if held != math.prod(stored.size):
+                raise CheckpointError(
+                    f"checkpoint {directory} cannot be written: the ranks hold {held:,} of {math.prod(stored.size):,} "
+                    f"elements of {key}"
+                )

@@ -18,11 +18,9 @@ How to use:
 """
 
 import contextlib
-import importlib
 import io
 import math
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,56 +40,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from parallel.errors import CheckpointError
 from parallel.regions import Box, intersect
+from parallel.safe_pickle import UNREADABLE, read_index, unreadable
 
 # Files are begun anew at this size, so that many ranks that load have many files to read from.
 _FILE_BYTES = 4 << 30
 _OPEN_FILES = 16
-# What torch.load raises on an archive that is damaged or not one.
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads `.metadata`, which is a pickle, and lets it build nothing but torch's descriptions of stored tensors."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name.isidentifier():
-            found = self._find(module, name)
-            if found is not None:
-                return found
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which no index of tensors needs")
-
-    def _find(self, module: str, name: str) -> Any:
-        if module == "torch.distributed.checkpoint.metadata":
-            found = getattr(importlib.import_module(module), name, None)
-            return found if isinstance(found, type) and found.__module__ == module else None
-        if module == "torch":
-            found = getattr(torch, name, None)
-            return found if found is torch.Size or isinstance(found, torch.dtype) else None
-        if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
-            return _StorageInfo
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout  # type: ignore[attr-defined]
-        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
-            # Where it was written; Python 3.13 has another name for the module.
-            return getattr(importlib.import_module("pathlib"), name, None)
-        return None
-
-
-def read_index(directory: str | Path) -> Metadata:
-    """What `.metadata` says of a checkpoint's tensors and files. No code in it is run.
-
-    Raises:
-        CheckpointError: if it is missing, damaged, or of a kind that this torch does not know.
-    """
-    try:
-        with open(Path(directory) / ".metadata", "rb") as file:
-            index = _IndexUnpickler(file).load()
-        if not isinstance(index, Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(index).__name__}")
-    # A field that this torch does not know is a TypeError or an AttributeError, depending on its class.
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, IndexError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {directory} cannot be read by torch {torch.__version__}: {error}") from error
-    return index
 
 
 def pieces(shape: Sequence[int], itemsize: int, chunk_bytes: int) -> Iterator[Box]:
@@ -299,10 +252,8 @@ class StoredTensors:
                 here = here.narrow(axis, at - first, count)
             try:
                 self._read_shard(key, shard, there, here)
-            except _UNREADABLE as e:
-                path = self._directory / shard.file
-                why = str(e).splitlines()[0] if str(e) else type(e).__name__
-                raise CheckpointError(f"{path}: {key} cannot be read ({why}): use another checkpoint") from e
+            except UNREADABLE as e:
+                raise unreadable(self._directory / shard.file, e, key) from e
             filled += common.numel
         if filled != box.numel:
             raise CheckpointError(f"checkpoint {self._directory} does not hold all of {key}: use another checkpoint")

@@ -14,6 +14,7 @@ one. One run at a time may use the folder.
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +205,10 @@ class CheckpointFolder:
         self.layout = layout
         self.config = config
 
+    def staging(self, name: str) -> Path:
+        """Where a checkpoint lies until it is published."""
+        return self.root / f"{name}.partial"
+
     def write(self, name: str, manifest: Manifest, needed_bytes: int, write_tensors: Callable[[Path], None]) -> Path:
         """Write one checkpoint under a staging name, then publish it by rename.
 
@@ -238,7 +243,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if there is no room or the disk fails.
         """
-        staging = self.root / f"{name}.partial"
+        staging = self.staging(name)
         with self.layout.together("preparing a checkpoint"):
             if self.layout.rank == 0:
                 self._prepare(staging, needed_bytes, name)
@@ -250,7 +255,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if one cannot be read.
         """
-        staging = self.root / f"{name}.partial"
+        staging = self.staging(name)
         try:
             return digests(staging, written_by(file_names(staging), self.layout.rank))
         except OSError as e:
@@ -267,7 +272,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if the disk fails; older checkpoints are untouched.
         """
-        staging, final = self.root / f"{name}.partial", self.root / name
+        staging, final = self.staging(name), self.root / name
         files = {key: value for theirs in self.layout.gather_objects(dict(mine)) for key, value in theirs.items()}
         with self.layout.together("publishing a checkpoint"):
             if self.layout.rank == 0:
@@ -290,6 +295,7 @@ class CheckpointFolder:
 
     def _publish(self, staging: Path, final: Path, manifest: Manifest, files: dict[str, list[Any]]) -> None:
         try:
+            _deny_others(staging)
             seal(staging, manifest, dict(sorted(files.items())))
             if final.exists():
                 # A run continued with fresh moments, or without a manifest, writes the same step twice.
@@ -302,7 +308,7 @@ class CheckpointFolder:
         """Remove what a failed save has left under its staging name; collective."""
         with self.layout.together("removing what a failed save has left"):
             if self.layout.rank == 0:
-                shutil.rmtree(self.root / f"{name}.partial", ignore_errors=True)
+                shutil.rmtree(self.staging(name), ignore_errors=True)
 
     def set_aside_after(self, start: Path) -> list[str]:
         """Rename checkpoints of this run that are newer than the one it starts from, so that `auto` never goes there.
@@ -338,6 +344,14 @@ class CheckpointFolder:
                     shutil.rmtree(path, ignore_errors=True)
                     removed.append(path.name)
         return list(self.layout.from_rank_zero(removed))
+
+
+def _deny_others(folder: Path) -> None:
+    """Keep what the ranks have written from being written to by everybody, whatever their umask."""
+    for path in (folder, *folder.rglob("*")):
+        mode = path.stat().st_mode
+        if mode & stat.S_IWOTH:
+            path.chmod(stat.S_IMODE(mode) & ~stat.S_IWOTH)
 
 
 def free_name(path: Path, mark: str) -> Path:

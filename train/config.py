@@ -248,6 +248,8 @@ class HealthConfig:
     action: str = "stop"
     # Times that one job goes back before it stops.
     max_rollbacks: int = 3
+    # Seconds in which no rank gets anywhere, after which the job ends and names the rank it waits for; null waits on.
+    hang_seconds: int | None = 300
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -257,6 +259,8 @@ class HealthConfig:
         """
         for key in ("bad_steps", "spike_window_steps", "max_rollbacks"):
             positive(f"health.{key}", getattr(self, key))
+        if self.hang_seconds is not None:
+            positive("health.hang_seconds", self.hang_seconds)
         one_of("health.action", self.action, ("stop", "rollback"))
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ConfigError(f"health.spike_factor={self.spike_factor} must be above 1: every step would be a spike")

@@ -45,7 +45,7 @@ def expand(run: "Run") -> None:
             stage before is complete in its checkpoint.
         Stopping: on all ranks, if any was asked to stop before anything has moved, or during the evaluation afterwards.
     """
-    clock, options = Clock(), run.settings.upcycle
+    clock, options = Clock(run.watchdog), run.settings.upcycle
     run.persistence.settle()
     before_loss = run.evaluate()
     with clock.act("plan"):
@@ -118,6 +118,8 @@ def _announce(
     change = (
         "" if before_loss is None or after_loss is None else f", validation loss {before_loss:.4f} -> {after_loss:.4f}"
     )
+    run.tracker.log(run.step, {"expansion_experts": plan.experts_after, "expansion_pause_seconds": pause})
+    run.tracker.keep(_plan_file(run, plan), "expansion-plan")
     what = f"expanded {plan.experts_before} -> {plan.experts_after} experts" if grown else "changed the layout"
     run.console.say(f"{what} in {pause:.1f} s, verified{change}")
     if stopping:
@@ -231,11 +233,13 @@ def measure(run: "Run", rules: StageConfig) -> tuple[Amounts | None, Amounts | N
 def _peek(run: "Run", wanted: int, *, forward_only: bool) -> None:
     """Run the batches that training will see next; they are not consumed."""
     first, batch = run.samples, run.settings.data.global_batch_size
-    for _ in range(wanted):
-        run.stop.raise_if_agreed(run.layout)
-        first = beyond(first, batch, run.skipped_data)
-        run_micro_batches(run.stage, run.layout, run.data.peek(first), forward_only=forward_only)
-        first += batch
+    with run.watchdog.act("scoring for the switch"):
+        for _ in range(wanted):
+            run.watchdog.tick()
+            run.stop.raise_if_agreed(run.layout)
+            first = beyond(first, batch, run.skipped_data)
+            run_micro_batches(run.stage, run.layout, run.data.peek(first), forward_only=forward_only)
+            first += batch
 
 
 def _gradient_scores(run: "Run", rules: StageConfig) -> dict[int, list[float]]:

@@ -41,11 +41,17 @@ def run_settings(settings: RunSettings) -> str:
                     tell_failed_start(Path(settings.run.dir), e)
                 raise
             try:
+                run.watchdog.start(run)
                 reason = run.train()
             except BaseException as e:
-                tell_failure(run, e)
+                lost = run.watchdog.explain(e)
+                run.watchdog.end(lost or e)
+                tell_failure(run, lost or e, here=lost.speaks if lost else None)
+                if lost is not None:
+                    raise lost from e
                 raise
             finally:
+                run.watchdog.end()
                 run.close()
         if run.layout.rank == 0:
             _report(Path(settings.run.dir))

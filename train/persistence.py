@@ -6,9 +6,11 @@
 import contextlib
 import json
 import time
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.build import count_parameters
 from model.fingerprint import first_difference, take_fingerprints
@@ -18,6 +20,7 @@ from parallel.errors import CheckpointError, ConfigError
 from parallel.layout import Layout
 from parallel.optimizer_ages import OptimizerAges
 from parallel.optimizer_state import get_step
+from parallel.sharded_save import KnownPlan
 from train import random_state
 from train.checkpoint import (
     CheckpointFolder,
@@ -35,11 +38,29 @@ from train.health import Health
 from train.sample_order import Blend
 from train.save_task import SaveTask
 from train.settings import settings_to_dict
+from train.stage import Stage
 from train.start import model_identity, takes_optimizer
 from upcycle.optimizer_rules import attach
 
 if TYPE_CHECKING:
     from train.run import Run
+
+
+@dataclass
+class _SameForStage:
+    """What is the same for all saves of one stage, and takes words between ranks to find out.
+
+    Attributes:
+        stage: whose.
+        experts: keys that run over experts.
+        counts: parameters.
+        plan: who writes what.
+    """
+
+    stage: weakref.ref[Stage]
+    experts: dict[str, dict[str, Any]]
+    counts: dict[str, int]
+    plan: KnownPlan = field(default_factory=KnownPlan)
 
 
 class Persistence:
@@ -53,6 +74,7 @@ class Persistence:
         self._task: SaveTask | None = None
         # Name of the last checkpoint that room was asked for.
         self._reserved: str | None = None
+        self._same: _SameForStage | None = None
         # Checkpoint whose optimizer state this job did not take.
         self.left_behind: Path | None = None
 
@@ -196,6 +218,7 @@ class Persistence:
         with self.layout.together("going on with the files of run.dir"):
             if self.layout.rank == 0:
                 run.files.truncate_after(manifest.step)
+                run.tracker.repeat(run.files.repeated_steps())
                 self.folder.set_aside_after(path)
                 for plan in manifest.plans:
                     run.files.plans.joinpath(f"step-{plan['step']:08d}.json").write_text(json.dumps(plan))
@@ -236,7 +259,7 @@ class Persistence:
             vocab_size=run.vocab_size,
             layout=self.layout.describe(),
             fingerprints=take_fingerprints(stage.chunks, stage.optimizer, self.layout),
-            experts=expert_keys(stage.chunks, self.layout),
+            experts=self._of_stage().experts,
             data={
                 "samples": run.samples,
                 "seed": run.data.seed,
@@ -261,13 +284,21 @@ class Persistence:
             tokens=run.tokens,
         )
 
+    def _of_stage(self) -> _SameForStage:
+        """What saves need to know of the current stage; collective the first time."""
+        stage = self.run.stage
+        if self._same is None or self._same.stage() is not stage:
+            counts = count_parameters(self.settings.model, stage.chunks, self.layout)
+            self._same = _SameForStage(weakref.ref(stage), expert_keys(stage.chunks, self.layout), counts)
+        return self._same
+
     def needed_bytes(self, growth: float = 1.0) -> int:
         """Estimate of one checkpoint's size: weights, masters and two moments; collective.
 
         Args:
             growth: experts afterwards over experts now.
         """
-        counts = count_parameters(self.settings.model, self.run.stage.chunks, self.layout)
+        counts = self._of_stage().counts
         parameters = counts["parameters_total"] + (growth - 1) * counts["parameters_experts"]
         weight = 2 if self.settings.run.precision == "bf16" else 4
         return int(parameters * (weight + 12))
@@ -285,9 +316,10 @@ class Persistence:
         here = (self.run.step, self.run.stage.number)
         if self._saved and self._saved[:2] == here and (not own or belongs_to(self.run.files.run_dir, self._saved[2])):
             return self._saved[2]
-        self._task = self._begin(copy=False)
-        self._task.run()
-        return self._publish(self._task)
+        with self.run.watchdog.act(f"saving after step {self.run.step}"):
+            self._task = self._begin(copy=False)
+            self._task.run()
+            return self._publish(self._task)
 
     def _begin(self, *, copy: bool) -> SaveTask:
         """Plan a save of the current state; collective."""
@@ -297,10 +329,11 @@ class Persistence:
         manifest, folder = self.manifest(), self.folder
         self._reserved = name
         staging = folder.reserve(name, self.needed_bytes())
-        with self.layout.together("saving generator states"):
-            random_state.save(staging / "rng", self.layout.rank)
-        save = begin_save_tensors(staging / "tensors", stage.chunks, stage.optimizer, self.layout, copy=copy)
-        return SaveTask(folder, name, manifest, save)
+        generators = random_state.capture()
+        save = begin_save_tensors(
+            staging / "tensors", stage.chunks, stage.optimizer, self.layout, copy=copy, known=self._of_stage().plan
+        )
+        return SaveTask(folder, name, manifest, save, generators)
 
     def _publish(self, task: SaveTask) -> Path:
         self._task = None
@@ -319,7 +352,7 @@ class Persistence:
             CheckpointError: on all ranks, if it failed and `checkpoint.on_failure` is stop.
         """
         if self._task is not None:
-            with self._may_fail():
+            with self._may_fail(), self.run.watchdog.act("ending a save in the background"):
                 self._publish(self._task)
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from parallel.errors import CheckpointError
+from parallel.safe_pickle import load_plain
 
 
 def named_seed(name: str) -> int:
@@ -38,20 +39,29 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.pt"
 
 
-def save(folder: Path, rank: int) -> None:
+def save(folder: Path, rank: int, state: dict[str, Any] | None = None) -> None:
     """Write this rank's states.
+
+    Args:
+        folder: where.
+        rank: this one.
+        state: of some time before (`capture`); that of now by default.
 
     Raises:
         CheckpointError: if the disk refuses; torch reports a full one as a RuntimeError.
     """
     try:
-        torch.save(capture(), rank_file(folder, rank))
+        torch.save(capture() if state is None else state, rank_file(folder, rank))
     except (OSError, RuntimeError) as e:
         raise CheckpointError(f"{rank_file(folder, rank)} could not be written: {str(e).splitlines()[0]}") from e
 
 
 def load(folder: Path, rank: int) -> None:
-    """Read this rank's states; tensors only, nothing is unpickled. States of another kind of device mean nothing here."""
-    state = torch.load(rank_file(folder, rank), weights_only=True)
+    """Read this rank's states; tensors only, no code is run. States of another kind of device mean nothing here.
+
+    Raises:
+        CheckpointError: if the file is damaged or hostile.
+    """
+    state = load_plain(rank_file(folder, rank))
     if ("cuda" in state) == torch.cuda.is_available():
         restore(state)

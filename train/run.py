@@ -41,6 +41,7 @@ from train.start import find_start
 from train.status import tell_status
 from train.step import evaluate, optimizer_step
 from train.tracking import Tracker, open_tracker
+from train.watchdog import Watchdog
 from upcycle.course import Course
 from upcycle.plan import last_growth
 
@@ -86,6 +87,8 @@ class Run:
         self.health = Health()
         self.skipped_data: list[Stretch] = []
         self.rollbacks = 0
+        # Watches nothing until the job starts it.
+        self.watchdog = Watchdog()
         # Checkpoints that were passed over at the start, and why.
         self.skipped: list[dict[str, str]] = []
         # Keeps other jobs off the run directory.
@@ -125,7 +128,7 @@ class Run:
                     run.files.truncate_after(0)
         run.tracker = open_tracker(
             settings.tracking,
-            run.files.run_dir,
+            run.files,
             manifest.tracker_id if manifest else None,
             settings_to_dict(settings),
             layout.rank,
@@ -340,6 +343,7 @@ class Run:
 
     def _one_step(self) -> bool:
         """Train one step and record it; True if any rank was asked to stop."""
+        self.watchdog.begin(f"step {self.step + 1}")
         began = time.perf_counter()
         batch = self.settings.data.global_batch_size
         self.samples = beyond(self.samples, batch, self.skipped_data)
@@ -415,7 +419,8 @@ class Run:
         config = self.settings.evaluation
         self._let_go()
         self.owes_evaluation = True
-        loss = evaluate(self.stage, self.layout, self.data, config.batches, self.stop)
+        with self.watchdog.act(f"evaluation after step {self.step}"):
+            loss = evaluate(self.stage, self.layout, self.data, config.batches, self.stop, self.watchdog.tick)
         self.owes_evaluation = False
         parents = dict(zip(self.stage.load.layer_numbers, self.parents() or (), strict=False))
         divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
@@ -438,6 +443,7 @@ class Run:
         tell_status(self, "running")
 
     def _finish(self, reason: str) -> str:
+        self.watchdog.begin("the end of the run")
         self.persistence.settle()
         if self.step and (self.settings.checkpoint.save_final or reason != "finished"):
             self.persistence.save_unless_saved()

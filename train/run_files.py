@@ -18,6 +18,7 @@ import json
 import math
 import numbers
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,9 +52,15 @@ class RunFiles:
     def prepare(self) -> None:
         """Create the run directory with its plans and checkpoints folders, readable by their owner only.
 
+        From here on this process creates nothing that everybody may write to, whatever umask it was started with.
+
         Raises:
-            DataError: if a folder cannot be created.
+            DataError: if a folder is open to everybody, or cannot be created.
         """
+        refuse_open_folder(self.run_dir)
+        # There is no way to ask for it without setting it.
+        umask = os.umask(0o077)
+        os.umask(umask | stat.S_IWOTH)
         for folder in (self.run_dir, self.plans, self.checkpoints):
             make_directory(folder)
 
@@ -86,6 +93,15 @@ class RunFiles:
             DataError: a line other than the last is torn or has no step, or the disk refuses.
         """
         return sum(self._truncate(path, step) for path in (self.metrics, self.expert_load))
+
+    def repeated_steps(self) -> int:
+        """How many steps of the run were trained, and are or will be trained again."""
+        try:
+            return _superseded(self.metrics).read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise DataError(f"{_superseded(self.metrics)}: cannot be read ({error.strerror})") from error
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -172,6 +188,24 @@ def make_directory(path: Path) -> None:
         raise DataError(
             f"{path}: cannot create this folder ({error.strerror}): choose another run directory"
         ) from error
+
+
+def refuse_open_folder(run_dir: Path) -> None:
+    """Refuse a run directory that everybody may write to: whoever puts a checkpoint there decides what the run goes on with.
+
+    The sticky bit keeps others from replacing what is there, which will do for the run directory itself; in its folders it
+    would let them add a newer checkpoint.
+
+    Raises:
+        DataError: naming the folder and the remedy.
+    """
+    for folder in (run_dir, run_dir / "plans", run_dir / "checkpoints"):
+        mode = folder.stat().st_mode if folder.is_dir() else 0
+        if mode & stat.S_IWOTH and not (folder == run_dir and mode & stat.S_ISVTX):
+            raise DataError(
+                f"run.dir={run_dir}: everybody may write to {folder}, and so choose what this run goes on with: "
+                f"chmod o-w {folder}, or choose another run.dir"
+            )
 
 
 def write_json(path: Path, body: Mapping[str, Any], *, sync: bool = True) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from parallel.errors import DataError, LaunchError
+from train.run_files import refuse_open_folder
 
 LOCK = "lock"
 # The file system has no locks; two jobs are then the user's care.
@@ -24,8 +25,10 @@ def lock_run(run_dir: Path) -> IO[str] | None:
 
     Raises:
         LaunchError: if another process holds it, naming that process.
-        DataError: if the folder cannot be written.
+        DataError: if the folder cannot be written, or everybody may write to it.
     """
+    # The lock is the first thing that a run writes.
+    refuse_open_folder(run_dir)
     path = run_dir / LOCK
     try:
         file = open(path, "a+")  # noqa: SIM115 - held open on purpose

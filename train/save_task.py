@@ -12,6 +12,7 @@ from typing import Any
 
 from parallel.errors import CheckpointError
 from parallel.sharded_save import SaveInProgress
+from train import random_state
 from train.checkpoint import CheckpointFolder, Manifest
 
 
@@ -23,11 +24,14 @@ class SaveTask:
         name: of this one.
         manifest: what it says about itself.
         save: of the tensors.
+        generators: their states (`random_state.capture`), which belong to the moment of the plan.
     """
 
-    def __init__(self, folder: CheckpointFolder, name: str, manifest: Manifest, save: SaveInProgress) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, name: str, manifest: Manifest, save: SaveInProgress, generators: dict[str, Any]
+    ) -> None:
         self.folder, self.name, self.manifest = folder, name, manifest
-        self._save = save
+        self._save, self._generators = save, generators
         self._files: Mapping[str, Sequence[Any]] = {}
         self._failure: CheckpointError | None = None
         self._thread: threading.Thread | None = None
@@ -37,6 +41,7 @@ class SaveTask:
         """Write this rank's files and read them back; in any thread. A failure is kept for `finish`."""
         self._save.write()
         try:
+            random_state.save(self.folder.staging(self.name) / "rng", self.folder.layout.rank, self._generators)
             self._files = self.folder.read_back(self.name)
         except CheckpointError as e:
             self._failure = e

@@ -1,4 +1,6 @@
-"""How a run stands, for whoever supervises it: `RUN_DIR/status.json`, replaced as a whole, by rank 0.
+"""How a run stands, for whoever supervises it: `RUN_DIR/status.json`, replaced as a whole.
+
+Rank 0 writes it; where a rank is lost or hangs, the one that found out.
 
 After a signal the exit code of torchrun says nothing, and a killed process leaves none: a batch script asks this file.
 
@@ -77,12 +79,21 @@ def tell_failed_start(run_dir: Path, error: CoppiceError) -> None:
         return
 
 
-def tell_failure(run: "Run", error: BaseException) -> None:
-    """Record why a run ends without having been asked to; on this rank alone, whatever else fails."""
+def tell_failure(run: "Run", error: BaseException, *, here: bool | None = None) -> None:
+    """Record why a run ends without having been asked to; on this rank alone, whatever else fails.
+
+    Args:
+        run: that ends.
+        error: its end.
+        here: whether this rank writes; None leaves it to rank 0, which may be the one that is lost.
+    """
+    if not (run.layout.rank == 0 if here is None else here):
+        return
     known = isinstance(error, CoppiceError)
     reason = str(error) if known else f"{type(error).__name__}: {error}"
-    run.event("stop", reason="failed", error=reason)
-    tell_status(run, "failed", reason=reason, exit_code=error.exit_code if isinstance(error, CoppiceError) else 1)
+    code = error.exit_code if isinstance(error, CoppiceError) else 1
+    run.write(lambda: run.files.append_event("stop", run.step, reason="failed", error=reason))
+    run.write(lambda: _tell(run, "failed", {"reason": reason, "exit_code": code}))
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:

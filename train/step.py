@@ -1,6 +1,6 @@
 """Forward and backward: one optimizer step, one evaluation, one scoring pass, all through mcore's schedules."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -97,8 +97,18 @@ def _finite(stage: Stage, loss: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(torch.stack([loss.to(torch.float32), *largest])).all()
 
 
-def evaluate(stage: Stage, layout: Layout, data: Any, batches: int, stop: StopRequest) -> float:
+def evaluate(
+    stage: Stage, layout: Layout, data: Any, batches: int, stop: StopRequest, tick: Callable[[], None]
+) -> float:
     """Validation loss in nats per token over the first `batches` global validation batches, equal on all ranks.
+
+    Args:
+        stage: the model.
+        layout: parallel layout.
+        data: the run's `DataStream`.
+        batches: global batches.
+        stop: polled before each.
+        tick: called before each.
 
     Raises:
         Stopping: on all ranks, between two batches, if any was asked to stop.
@@ -108,6 +118,7 @@ def evaluate(stage: Stage, layout: Layout, data: Any, batches: int, stop: StopRe
     total = torch.zeros((), dtype=torch.float64, device=layout.device)
     with torch.no_grad():
         for number in range(batches):
+            tick()
             stop.raise_if_agreed(layout)
             total += run_micro_batches(stage, layout, data.validation(number), forward_only=True)
     for chunk in stage.wrapped:

@@ -26,6 +26,7 @@ from parallel.redistribute import Redistribution
 from train import random_state
 from train.checkpoint import Manifest, checkpoint_name, read_manifest
 from train.stage import build_stage
+from train.watchdog import Watchdog
 from upcycle.live import add_bias_noise, move_state
 from upcycle.optimizer_rules import ages_after, apply_rule, attach, rates_after
 from upcycle.plan import ExpansionPlan
@@ -38,16 +39,18 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Seconds per named act of the switch."""
+    """Seconds per named act of the switch; the watchdog is told of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, watchdog: Watchdog) -> None:
         self.seconds: dict[str, float] = {}
+        self._watchdog = watchdog
 
     @contextlib.contextmanager
     def act(self, name: str) -> Iterator[None]:
         """Add the seconds of a block to an act."""
         began = time.perf_counter()
-        yield
+        with self._watchdog.act(f"the switch ({name})"):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 

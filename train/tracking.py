@@ -6,10 +6,12 @@ JSONL in the run directory is the source of truth; a tracker that is slow, full 
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from train.config import TrackingConfig
+from train.run_files import RunFiles
 
 _QUEUE = 10_000
 _FINISH_SECONDS = 20.0
@@ -23,6 +25,15 @@ class Tracker:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Record numbers of one step."""
 
+    def repeat(self, steps: int) -> None:
+        """Take note of how many steps of the run, in all, are trained again.
+
+        Called when a run starts or goes back, before the first step is logged again.
+        """
+
+    def keep(self, path: Path, kind: str) -> None:
+        """Keep a small file with the run, such as a plan."""
+
     def close(self) -> None:
         """Flush and end."""
 
@@ -35,14 +46,18 @@ class WandbTracker(Tracker):
         run_dir: files go to run_dir/wandb when offline.
         run_id: id of the run to continue after a resume; a new one is drawn otherwise.
         settings: resolved configuration to show beside the run.
+        repeated: steps trained again so far.
     """
 
-    def __init__(self, config: TrackingConfig, run_dir: Path, run_id: str | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrackingConfig, run_dir: Path, run_id: str | None, settings: dict[str, Any], repeated: int
+    ) -> None:
         import uuid
 
         self.run_id = run_id or uuid.uuid4().hex[:8]
         self._config, self._dir, self._settings = config, run_dir, settings
-        self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(maxsize=_QUEUE)
+        self._repeated = repeated
+        self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(maxsize=_QUEUE)
         self._dropped = 0
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -64,17 +79,41 @@ class WandbTracker(Tracker):
         except Exception as e:
             print(f"wandb is not available ({type(e).__name__}: {e}); metrics are in {self._dir}", file=sys.stderr)
             return
-        # A resumed run logs from the step it continues at; W&B keeps the order by the step we give.
-        while (item := self._queue.get()) is not None:
-            run.log(item[1], step=item[0])
+        # W&B's own step only rises, and drops what comes late: it counts the steps trained, repeated ones too, and the
+        # step of the run is the axis. So what was trained again after a kill or a rollback is seen, and one run goes on.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        while (act := self._queue.get()) is not None:
+            act(run)
         run.finish()
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Queue numbers of one step; drop them if the tracker is thousands of steps behind."""
+    def _do(self, act: Callable[[Any], None]) -> None:
+        """Queue something; drop it if the tracker is thousands of steps behind."""
         try:
-            self._queue.put_nowait((step, values))
+            self._queue.put_nowait(act)
         except queue.Full:
             self._dropped += 1
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Queue numbers of one step."""
+        counted = step + self._repeated
+        self._do(lambda run: run.log({**values, "step": step}, step=counted))
+
+    def repeat(self, steps: int) -> None:
+        """Take note of how many steps of the run, in all, are trained again."""
+        self._repeated = steps
+
+    def keep(self, path: Path, kind: str) -> None:
+        """Queue a file as an artefact of the run."""
+
+        def act(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{self.run_id}-{path.stem}", type=kind)
+            artifact.add_file(str(path))
+            run.log_artifact(artifact)
+
+        self._do(act)
 
     def close(self) -> None:
         """Give the tracker a moment to finish; it never holds the run up for longer."""
@@ -90,9 +129,11 @@ class WandbTracker(Tracker):
 
 
 def open_tracker(
-    config: TrackingConfig, run_dir: Path, run_id: str | None, settings: dict[str, Any], rank: int
+    config: TrackingConfig, files: RunFiles, run_id: str | None, settings: dict[str, Any], rank: int
 ) -> Tracker:
     """The tracker of this rank: only rank 0 talks to one."""
     if rank != 0 or config.backend == "none":
         return Tracker()
-    return WandbTracker(config, run_dir, run_id, settings)
+    tracker = WandbTracker(config, files.run_dir, run_id, settings, files.repeated_steps())
+    tracker.keep(files.config, "config")
+    return tracker

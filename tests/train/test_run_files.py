@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from parallel.errors import DataError
-from train.run_files import RunFiles, make_directory, raw_lines
+from train.checkpoint import _deny_others
+from train.run_files import RunFiles, make_directory, raw_lines, refuse_open_folder
+from train.run_lock import lock_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -201,6 +203,53 @@ def test_folders_are_private_and_files_not_writable_by_others(tmp_path: Path) ->
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
     for path in files.run_dir.glob("*.jsonl"):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o022, path
+
+
+def test_a_folder_open_to_everybody_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    run_dir.chmod(0o777)
+    for begin in (RunFiles(run_dir).prepare, lambda: lock_run(run_dir)):
+        with pytest.raises(
+            DataError, match=rf"everybody may write to {run_dir}.*: chmod o-w {run_dir}, or choose another"
+        ):
+            begin()
+    assert not list(run_dir.iterdir())
+    # As in /tmp: nobody can replace what is there.
+    run_dir.chmod(0o1777)
+    umask = os.umask(0o022)
+    try:
+        RunFiles(run_dir).prepare()
+        (run_dir / "checkpoints").chmod(0o1777)
+        with pytest.raises(DataError, match=r"chmod o-w .*/run/checkpoints"):
+            RunFiles(run_dir).prepare()
+    finally:
+        os.umask(umask)
+    # Its group may, where that is how the users work together.
+    (run_dir / "checkpoints").chmod(0o770)
+    run_dir.chmod(0o775)
+    refuse_open_folder(run_dir)
+
+
+def test_nothing_is_writable_by_everybody_whatever_the_umask(tmp_path: Path) -> None:
+    for umask, expected in ((0, 0o664), (0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            RunFiles(tmp_path / "run").prepare()
+            (tmp_path / f"{umask}").write_text("")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / f"{umask}").stat().st_mode) == expected
+
+
+def test_a_checkpoint_is_published_writable_by_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "tensors").mkdir()
+    (tmp_path / "tensors" / "__0_0.distcp").write_text("")
+    (tmp_path / "tensors" / "__0_0.distcp").chmod(0o666)
+    (tmp_path / "tensors").chmod(0o777)
+    _deny_others(tmp_path)
+    assert stat.S_IMODE((tmp_path / "tensors").stat().st_mode) == 0o775
+    assert stat.S_IMODE((tmp_path / "tensors" / "__0_0.distcp").stat().st_mode) == 0o664
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:

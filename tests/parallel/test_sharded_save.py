@@ -1,0 +1,81 @@
+"""The plan of a save: used again for the same tensors, made anew for others, refused where it leaves a gap."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.compat import load_sharded, prepare_megatron
+from parallel.errors import CheckpointError
+from parallel.safe_pickle import read_index
+from parallel.sharded_save import KnownPlan, begin_save, save_sharded
+from tests.distributed import run_distributed
+
+
+def _box(key: str, rows: int, first: int, data: torch.Tensor, replica: int = 0) -> Any:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    shape = tuple(data.shape)
+    return ShardedTensor(key, data, data.dtype, shape, (rows, 2), (first, 0), None, (0, 0, replica))
+
+
+def _state(rank: int, factor: float, cut: int, rows: int = 5) -> dict[str, Any]:
+    """A matrix cut unevenly between two ranks, and one that both hold."""
+    mine = torch.arange(2.0 * rows).reshape(rows, 2)[slice(0, cut) if rank == 0 else slice(cut, rows)] * factor
+    return {"cut": _box("cut", rows, 0 if rank == 0 else cut, mine),
+            "both": _box("both", 3, 0, torch.ones(3, 2) * factor, rank)}  # fmt: skip
+
+
+def _load(folder: Path, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    wanted = {
+        "cut": ShardedTensor.from_rank_offsets("cut", torch.zeros(rows, 2), replica_id=torch.distributed.get_rank()),
+        "both": ShardedTensor.from_rank_offsets("both", torch.zeros(3, 2), replica_id=torch.distributed.get_rank()),
+    }
+    loaded, _, _ = load_sharded(wanted, str(folder))
+    return loaded["cut"], loaded["both"]
+
+
+def _save_in_turn(folder: Path) -> list[bool]:
+    prepare_megatron()
+    rank, known, reused = torch.distributed.get_rank(), KnownPlan(), []
+    for number, (factor, cut, rows) in enumerate([(1, 2, 5), (2, 2, 5), (3, 4, 5), (4, 4, 6), (5, 4, 6)]):
+        state, before = _state(rank, factor, cut, rows), known.plan
+        save = begin_save(state, str(folder / str(number)), parallel_group=torch.distributed.group.WORLD,
+                          copy=True, known=known)  # fmt: skip
+        reused.append(known.plan is before)
+        # What is written is what was there.
+        for leaf in state.values():
+            leaf.data.fill_(-1)
+        save.write()
+        save.finish()
+        cut_RC, both = _load(folder / str(number), rows)
+        assert torch.equal(cut_RC, torch.arange(2.0 * rows).reshape(rows, 2) * factor)
+        assert torch.equal(both, torch.ones(3, 2) * factor)
+    return reused
+
+
+def test_a_plan_is_used_again_for_the_same_tensors_only(tmp_path: Path) -> None:
+    expected = [False, True, False, False, True]
+    assert run_distributed(_save_in_turn, 2, tmp_path) == [expected, expected]
+    # With or without a plan of before, the same files.
+    first, again = (read_index(tmp_path / name) for name in "01")
+    assert first.state_dict_metadata == again.state_dict_metadata
+    assert {k: vars(v) for k, v in first.storage_data.items()} == {k: vars(v) for k, v in again.storage_data.items()}
+
+
+def _save_with_a_gap(folder: Path) -> str:
+    prepare_megatron()
+    rank = torch.distributed.get_rank()
+    state = {"cut": _box("cut", 5, 3 * rank, torch.ones(2, 2))}
+    with pytest.raises(CheckpointError) as caught:
+        save_sharded(state, str(folder))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gap_is_refused_on_all_ranks(tmp_path: Path, ranks: int) -> None:
+    for message in run_distributed(_save_with_a_gap, ranks, tmp_path):
+        assert "cannot be written: " in message
