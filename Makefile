@@ -12,7 +12,7 @@ PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup corpus demo test test-slow test-faults test-latest check bench study-small report clean
+.PHONY: help setup corpus demo test test-slow test-slurm test-faults test-latest check bench study-small report clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -35,12 +35,19 @@ demo: setup corpus  ## train a real expert-parallel MoE on 2 CPU processes and g
 	@FRESH=$(FRESH) RUN=$(RUN) VENV=$(VENV) sh launch/demo.sh
 
 test: setup  ## the fast test suite (what CI runs)
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow and not slurm" --durations=15
 
 test-slow: setup  ## long proofs: every layout
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-test-faults: setup  ## hundreds of kills and corruptions of whole runs (about half an hour)
+test-slurm: setup  ## a real SLURM on this machine: requeues, preemption, a lost node (needs Debian's packages, or root to install them)
+	@PATH="$$PATH:/usr/sbin"; for name in slurmctld slurmd sbatch; do command -v $$name >/dev/null || missing=$$name; done; \
+	[ -z "$$missing" ] || { command -v apt-get >/dev/null && apt-get -q update && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -q -y --no-install-recommends slurmctld slurmd slurm-client; } \
+	|| { echo "error: $$missing is not installed and could not be: install slurmctld, slurmd and slurm-client" >&2; exit 1; }
+	$(BIN)/python -m pytest -m slurm --durations=5 tests/launch/test_slurm_real.py
+
+test-faults: setup  ## hundreds of kills, corruptions and faults of disks and clocks in whole runs (about half an hour)
 	$(BIN)/python -m pytest tests/faults tests/train/test_corruption.py tests/train/test_stopping.py tests/train/test_saving.py
 
 $(VENV312)/.ready: pyproject.toml constraints/py312.txt
@@ -51,7 +58,7 @@ $(VENV312)/.ready: pyproject.toml constraints/py312.txt
 	@touch $@
 
 test-latest: $(VENV312)/.ready  ## the fast suite on Python 3.12 and the newest megatron-core
-	$(VENV312)/bin/python -m pytest -m "not slow" --durations=15
+	$(VENV312)/bin/python -m pytest -m "not slow and not slurm" --durations=15
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Front ends that start a run: one machine now, SLURM later."""
+"""Front ends that start a run: one machine, SLURM, and what a run would need."""

@@ -10,6 +10,9 @@ from parallel.errors import CoppiceError
 # imported when it is asked for.
 _COMMANDS = {
     "local": "processes on this machine, under torchrun",
+    "plan": "memory, traffic, checkpoints and FLOPs of a run, without a GPU",
+    "preflight": "checks of machine, settings and files before a run",
+    "slurm": "a job of SLURM, submitted with sbatch",
 }
 
 

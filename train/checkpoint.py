@@ -325,14 +325,14 @@ class CheckpointFolder:
             path.rename(free_name(path, "superseded"))
         return [path.name for path in newer]
 
-    def retire(self, kept_steps: set[int]) -> list[str]:
+    def retire(self, kept_steps: set[int]) -> dict[str, str]:
         """Remove ordinary checkpoints beyond `keep_last`; those of `kept_steps` (around expansions) and every
         `keep_every_steps` stay.
 
         Returns:
-            Names of what was removed.
+            Names of what could not be removed, with the reason; each is tried again after the next save.
         """
-        removed = []
+        stuck = {}
         with self.layout.together("removing old checkpoints"):
             if self.layout.rank == 0 and self.config.keep_last is not None:
                 steps = {path: int(path.name[5:13]) for path in list_checkpoints(self.run_dir)}
@@ -340,10 +340,13 @@ class CheckpointFolder:
                 ordinary = [p for p, s in steps.items() if s not in kept_steps and not (every and s % every == 0)]
                 for path in ordinary[: -self.config.keep_last]:
                     # Without its marker it is no checkpoint any more; what a network file system holds on to may stay.
-                    (path / MARKER).unlink()
+                    try:
+                        (path / MARKER).unlink()
+                    except OSError as e:
+                        stuck[path.name] = e.strerror or str(e)
+                        continue
                     shutil.rmtree(path, ignore_errors=True)
-                    removed.append(path.name)
-        return list(self.layout.from_rank_zero(removed))
+        return dict(self.layout.from_rank_zero(stuck))
 
 
 def _deny_others(folder: Path) -> None:

@@ -7,7 +7,6 @@ from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
 from train.data import open_corpora
-from train.report import summary_lines, write_report
 from train.run import Run
 from train.signals import StopRequest
 from train.status import tell_failed_start, tell_failure
@@ -63,6 +62,9 @@ def run_settings(settings: RunSettings) -> str:
 
 def _report(run_dir: Path) -> None:
     """Draw the report and print one screen of results; a report that cannot be drawn does not undo a finished run."""
+    # Here and not above: the drawing library takes a second, and only rank 0 draws.
+    from train.report import summary_lines, write_report
+
     began = time.perf_counter()
     print()
     try:

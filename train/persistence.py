@@ -374,7 +374,9 @@ class Persistence:
         """Take note of a published checkpoint, and retire old ones."""
         self._saved = (manifest.step, manifest.stage, path)
         self.run.checkpoint_event(path, seconds, manifest.step)
-        self.folder.retire({plan["step"] for plan in self.run.plans})
+        for name, reason in self.folder.retire({plan["step"] for plan in self.run.plans}).items():
+            self.run.event("checkpoint_not_removed", checkpoint=name, reason=reason)
+            self.run.console.say(f"old checkpoint {name} could not be removed ({reason}): it is tried again later")
 
     def save_if_due(self, written: bool) -> None:
         """Publish what has been written in the background, and save at the configured interval; collective.

@@ -185,9 +185,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot create this folder ({error.strerror}): choose another run directory"
-        ) from error
+        raise DataError(f"{path}: cannot create this folder ({error.strerror}): choose another run.dir") from error
 
 
 def refuse_open_folder(run_dir: Path) -> None:

@@ -31,6 +31,9 @@ def lock_run(run_dir: Path) -> IO[str] | None:
     refuse_open_folder(run_dir)
     path = run_dir / LOCK
     try:
+        if not os.access(run_dir, os.W_OK):
+            # The lock of an earlier job can still be opened there; nothing else can be made.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         file = open(path, "a+")  # noqa: SIM115 - held open on purpose
     except OSError as e:
         raise DataError(f"{path}: cannot write ({e.strerror}): choose another run.dir") from None

@@ -1,17 +1,22 @@
-"""Kills ranks of whole runs at seeded moments: after a time, or at the n-th touch of a file of the run.
+"""Kills processes of whole jobs at seeded moments: after a time, or at the n-th touch of a file of the run.
 
 The second kind is where the danger is: between the opening, writing, flushing, renaming and removing of files, which the
-interpreter announces to an audit hook. What was going on is read from the stack of the main thread before the process dies.
+interpreter announces to an audit hook. What was going on is read from the stack of the main thread before anything dies.
 """
 
+import json
 import os
 import random
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.train.trainer import train_here
 
@@ -19,11 +24,14 @@ from tests.train.trainer import train_here
 _PHASES = {
     "save_tensors": "save", "_publish": "save", "retire": "save", "save_unless_saved": "save", "seal": "save",
     "through_memory": "switch", "through_checkpoint": "switch", "make_plan": "scoring and plan", "expand": "switch",
-    "evaluate": "evaluation", "optimizer_step": "step", "record_step": "step", "_one_step": "step",
+    "evaluate": "evaluation", "optimizer_step": "step", "record_step": "step", "_one_step": "step", "save_if_due": "save",
     "load_tensors": "load", "load": "load", "find_start": "start", "restore": "start", "build_stage": "start",
     "open_corpora": "start", "join_job": "start", "create": "start", "write_report": "report", "_report": "report",
 }  # fmt: skip
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
+
+# Who dies: a rank, all ranks, torchrun's agent (the ranks find out), or all of them at once, as a machine does.
+VICTIMS = ("a rank", "all ranks", "the agent", "the machine")
 
 
 @dataclass(frozen=True)
@@ -31,30 +39,34 @@ class Shot:
     """One kill.
 
     Attributes:
-        victims: ranks that die.
+        victim: one of `VICTIMS`; None for nobody.
+        rank: on which the moment comes.
         events: at this touch of a file of the run; 0 for a kill by time.
         seconds: after this time.
     """
 
-    victims: tuple[int, ...]
+    victim: str | None = None
+    rank: int = 0
     events: int = 0
     seconds: float = 0.0
 
 
-def draw_shot(rng: random.Random, ranks: int, events: int, seconds: float) -> Shot:
-    """A random kill: one rank or all, six in ten at a file.
+def draw_shots(rng: random.Random, ranks: int, events: int, seconds: float) -> Iterator[Shot]:
+    """Random kills without end, six in ten at a file; of every four, each victim has one.
 
     Args:
         rng: seeded.
-        ranks: processes of the job.
+        ranks: processes of the job, besides the agent.
         events: touches of files that a rank makes in a whole run.
         seconds: that a whole run takes.
     """
-    everyone = tuple(range(ranks))
-    victims = everyone if rng.random() < 0.3 else (rng.choice(everyone),)
-    if rng.random() < 0.6:
-        return Shot(victims, events=rng.randint(1, events))
-    return Shot(victims, seconds=rng.uniform(0.0, seconds))
+    while True:
+        for victim in rng.sample(VICTIMS, len(VICTIMS)):
+            rank = rng.randrange(ranks)
+            if rng.random() < 0.6:
+                yield Shot(victim, rank, events=rng.randint(1, events))
+            else:
+                yield Shot(victim, rank, seconds=rng.uniform(0.0, seconds))
 
 
 def _phase() -> str:
@@ -67,32 +79,68 @@ def _phase() -> str:
     return next((_PHASES[name] for name in names if name in _PHASES), "other")
 
 
-def train_under_fire(overrides: list[str], run_dir: str, shot: Shot, told: str) -> tuple[str, int]:
-    """A whole run on this rank, unless it is killed; where it fell is written to the file `told` first.
-
-    Returns:
-        Why the run ended, and how often this rank touched a file of it.
-    """
-    rank, touched = int(os.environ["RANK"]), 0
-
-    def die() -> None:
-        with open(told, "a") as file:
-            file.write(_phase() + "\n")
+def _kill(victim: str) -> None:
+    agent = os.getppid()
+    if victim == "the machine":
+        # The agent and its ranks are one process group (`tests/distributed.py`).
+        os.killpg(0, signal.SIGKILL)
+    elif victim == "the agent":
+        os.kill(agent, signal.SIGKILL)
+    elif victim == "all ranks":
+        for rank in psutil.Process(agent).children():
+            if rank.pid != os.getpid():
+                rank.kill()
         os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Survived:
+    """A run of which this rank saw the end.
+
+    Attributes:
+        reason: why it ended.
+        events: how often this rank touched a file of it.
+        seconds: that it took.
+    """
+
+    reason: str
+    events: int
+    seconds: float
+
+
+def train_under_fire(overrides: list[str], run_dir: str, shot: Shot, told: str, report: bool) -> Survived:
+    """A whole run on this rank of `run_under_agent`, unless it is killed; `told` gets a line about each kill first."""
+    mine = shot.victim is not None and int(os.environ["RANK"]) == shot.rank
+    touched = 0
+    # Both threads may come to it.
+    once = threading.Lock()
+
+    def fire() -> None:
+        assert shot.victim is not None
+        if once.acquire(blocking=False):
+            with open(told, "a") as file:
+                file.write(json.dumps([shot.victim, _phase()]) + "\n")
+            _kill(shot.victim)
 
     def hear(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal touched
         if event in _EVENTS and arguments and run_dir in str(arguments[0]):
             touched += 1
-            if shot.events and rank in shot.victims and touched == shot.events:
-                die()
+            if mine and shot.events and touched == shot.events:
+                fire()
 
     sys.addaudithook(hear)
-    if shot.seconds and rank in shot.victims:
-        timer = threading.Timer(shot.seconds, die)
+    if mine and shot.seconds:
+        timer = threading.Timer(shot.seconds, fire)
         timer.daemon = True
         timer.start()
-    return train_here(overrides), touched
+    began = time.perf_counter()
+    reason = train_here(overrides, report=report)
+    # What comes later would hit the agent's own end.
+    once.acquire(blocking=False)
+    return Survived(reason, touched, time.perf_counter() - began)
 
 
 def newest_step(run_dir: Path) -> int:

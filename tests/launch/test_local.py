@@ -78,3 +78,4 @@ def test_a_stop_signal_saves_and_ends_well_and_the_run_resumes(tmp_path: Path) -
     (stop,) = events(tmp_path / "run", "stop")
     assert stop["details"]["reason"] == "requested" and stop["step"] == max(done)
     assert f"step-{max(done):08d}" in out
+    assert "report drawn in" in out and (tmp_path / "run" / "report.html").exists()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, LaunchError
 from tests.distributed import run_distributed
 from tests.train import corruptions
 from tests.train.trainer import SMALL, events, metrics, rewrite_manifest, small_corpus, train_in_turn
@@ -190,21 +190,11 @@ def test_two_jobs_on_one_run_directory(corpus: Path, tmp_path: Path) -> None:
         for line in first.stdout:
             if line.startswith("step "):
                 break
-        second = subprocess.run(
-            [sys.executable, "-m", "train", *words], capture_output=True, text=True, timeout=120, env=environment
-        )
-        assert second.returncode == 6
-        assert f"run.dir={tmp_path} is in use by process {first.pid} on " in second.stderr
+        with pytest.raises(LaunchError, match=rf"run\.dir={tmp_path} is in use by process {first.pid} on "):
+            run_distributed(train_in_turn, 1, [words])
     finally:
         first.kill()
         first.wait()
     lines = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [x["event"] for x in lines].count("start") == 1
-    third = subprocess.run(
-        [sys.executable, "-m", "train", *words, "run.steps=30"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
-    assert third.returncode == 0, third.stderr
+    assert run_distributed(train_in_turn, 1, [[*words, "run.steps=5"]]) == [["finished"]]

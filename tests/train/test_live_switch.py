@@ -32,7 +32,6 @@ _NETWORK = ["model.num_experts=8"]
 _CASES: dict[str, tuple[int, list[str], str, list[str]]] = {
     "ep2-bf16": (2, ["parallel.expert=2"], _TWICE, []),
     "ep2-m3": (2, ["parallel.expert=2"], "factor: 3", []),
-    "ep2-to-4": (4, ["parallel.expert=2"], "factor: 2, parallel: {expert: 4}", []),
     "ep2-to-4-greedy-chunks": (4, ["parallel.expert=2"], _TWICE + ", parallel: {expert: 4}", ["upcycle.transfer_chunk_mib=1"]),
     "layout-only-ep2-to-4": (4, ["parallel.expert=2"], "parallel: {expert: 4}", []),
     "tp2-to-1": (2, ["parallel.tensor=2", "parallel.expert=2"], _TWICE + ", parallel: {tensor: 1}", []),
@@ -50,6 +49,7 @@ _CASES: dict[str, tuple[int, list[str], str, list[str]]] = {
     ),
 }  # fmt: skip
 _SLOW: dict[str, tuple[int, list[str], str, list[str]]] = {
+    "ep2-to-4": (4, ["parallel.expert=2"], "factor: 2, parallel: {expert: 4}", []),
     "ep4-m4": (4, ["parallel.expert=4"], "factor: 4", []),
     "ep1-dp2-to-ep2-plain": (2, ["optimizer.distributed=false"], _TWICE + ", parallel: {expert: 2}", []),
     "ep4-to-2": (4, ["parallel.expert=4"], "num_experts: 12, selection: greedy, parallel: {expert: 2}", []),
@@ -156,7 +156,7 @@ def _train_and_break(runs: list[list[str]], rank: int, act: str) -> list[str]:
     return reasons + train_in_turn(runs[-1:])
 
 
-@pytest.mark.parametrize("act", ["begin", "view", "end"])
+@pytest.mark.parametrize("act", ["begin", pytest.param("view", marks=pytest.mark.slow), "end"])
 def test_a_rank_that_fails_in_the_middle(act: str, corpus: Path, tmp_path: Path) -> None:
     """Every rank ends with a clear error at once; the run directory is whole, and the run continues from before."""
     base = [*SMALL, "run.steps=4", _stages(_TWICE + ", parallel: {expert: 4}"), "parallel.expert=2",
@@ -210,10 +210,7 @@ def _resources(overrides: list[str]) -> list[dict[str, float]]:
 
     import torch
 
-    from parallel.compat import prepare_megatron
     from train import run as run_module
-    from train.job import run_settings
-    from train.settings import load_settings
 
     found: list[dict[str, float]] = []
     original = run_module.expand
@@ -231,9 +228,8 @@ def _resources(overrides: list[str]) -> list[dict[str, float]]:
             "threads": threading.active_count(),
         })  # fmt: skip
 
-    prepare_megatron()
     run_module.expand = counted  # type: ignore[assignment]
-    run_settings(load_settings(overrides))
+    train_in_turn([overrides])
     return found
 
 
@@ -251,7 +247,10 @@ def test_four_switches_in_a_row_leak_nothing(corpus: Path, tmp_path: Path) -> No
             assert abs(later["tensor_bytes"] - earlier["tensor_bytes"]) < 64 << 10, json.dumps(counts)
 
 
-@pytest.mark.parametrize("rule", ["reset", "scale", "reset_momentum, optimizer_scope: family"])
+@pytest.mark.parametrize(
+    "rule",
+    [*(pytest.param(r, marks=pytest.mark.slow) for r in ("reset", "scale")), "reset_momentum, optimizer_scope: family"],
+)
 def test_optimizer_rules_on_both_paths_and_across_a_resume(rule: str, corpus: Path, tmp_path: Path) -> None:
     """Reset or scaled moments, rates of their own and a re-warm-up: the same bits live, through the disk, and resumed."""
     grow = f"{_TWICE}, optimizer_rule: {rule}, rewarm_steps: 2, router_lr_multiplier: 0.5, lr_multiplier_steps: 2"
@@ -275,7 +274,7 @@ def test_optimizer_rules_on_both_paths_and_across_a_resume(rule: str, corpus: Pa
     assert rates[2] / rates[1] < 0.5 < rates[3] / rates[1] < 1
 
 
-@pytest.mark.parametrize("balancing", ["loss_free", "aux_loss"])
+@pytest.mark.parametrize("balancing", ["loss_free", pytest.param("aux_loss", marks=pytest.mark.slow)])
 def test_exact_mode_keeps_the_function_and_lets_go_of_it(balancing: str, corpus: Path, tmp_path: Path) -> None:
     """The loss does not jump at the switch, the release is a function of the step, and a resume in it changes nothing."""
     grow = f"{_TWICE}, mode: exact, release_hold_steps: 1, release_steps: 2, release_shape: linear"

@@ -9,6 +9,7 @@ from parallel.errors import CheckpointError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, reseal, small_corpus, train_in_turn
 from train.checkpoint import list_checkpoints, read_manifest
+from train.report import write_report
 
 _SHRUNK = [
     "model.layers=4", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.attention_heads=4",
@@ -40,7 +41,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.mark.parametrize("name", _NETWORKS)
+# Plain presets, whose parts the others have too.
+_SLOW = ("mixtral_8x7b", "paper_154m")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in _NETWORKS])
 def test_network_trains_grows_and_resumes(name: str, corpus: Path, tmp_path: Path) -> None:
     base = [*SMALL, f"model={name}", *_SHRUNK, *_NETWORKS[name], "run.steps=4", f"data.corpus={corpus}",
             "parallel.expert=2", f"run.dir={tmp_path}"]  # fmt: skip
@@ -64,6 +69,8 @@ def test_several_expansions_with_any_factor(corpus: Path, tmp_path: Path) -> Non
                  "upcycle.save_after=true"]  # fmt: skip
     run_distributed(train_in_turn, 2, [overrides])
     assert [m["num_experts"] for m in metrics(tmp_path).values()] == [8, 24, 24, 28, 28]
+    # Runs of these tests draw none by themselves.
+    assert write_report(tmp_path).stat().st_size > 100_000
     manifest = read_manifest(list_checkpoints(tmp_path)[-1])
     assert [plan["experts_after"] for plan in manifest.plans] == [24, 28]
     for layer in manifest.plans[1]["layers"]:

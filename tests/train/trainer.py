@@ -1,9 +1,11 @@
 """Helpers of the run tests: a small corpus and whole runs inside the ranks of `run_distributed`."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from parallel.compat import prepare_megatron
 from train.corpus import CorpusRequest, build_corpus
@@ -30,10 +32,16 @@ def small_corpus(folder: Path) -> Path:
     return prefix
 
 
-def train_here(overrides: list[str]) -> str:
-    """One whole run on this rank; the environment says which rank this is."""
+def train_here(overrides: list[str], *, report: bool = False) -> str:
+    """One whole run on this rank; the environment says which rank this is.
+
+    Args:
+        overrides: Hydra overrides.
+        report: draw the report at the end, which takes longer than a small run (`test_report.py` has it drawn).
+    """
     prepare_megatron()
-    return run_settings(load_settings(overrides))
+    with contextlib.nullcontext() if report else mock.patch("train.report.write_report"):
+        return run_settings(load_settings(overrides))
 
 
 def train_in_turn(runs: list[list[str]]) -> list[str]:

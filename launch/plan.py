@@ -1,0 +1,373 @@
+"""Says what a run would need before it is started: parameters, memory per rank, traffic at switches, checkpoints, FLOPs.
+
+`python -m launch plan --processes 1024 --gpu-memory-gib 80 model=deepseek_v3 ...` takes the settings of a run and needs
+neither GPU nor cluster nor corpus. All of it is arithmetic (`launch/network.py`, `launch/footprint.py`) and the planner of
+the live switch (`launch/moves.py`); formulas and sources are in docs/planning.md.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import pairwise
+from typing import Any
+
+from launch.footprint import SWITCH_BOUND, Footprint, checkpoint_bytes, footprint, switch_memory
+from launch.moves import Links, Traffic, switch_traffic
+from launch.network import count, flops_per_token, padded_vocabulary
+from launch.plan_tables import as_text, spans
+from parallel.config import ParallelConfig
+from parallel.errors import ConfigError, DataError
+from train.config import RunSettings
+from train.settings import compose_settings, to_settings
+
+GIB = 2**30
+_LOW_ACTIVATION = (
+    "activation falls from {before:.1%} to {after:.1%} of the experts: reasoning can stand still or get worse at low "
+    "activation while the loss still falls (arXiv 2508.18672): evaluate reasoning tasks, not only the loss"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m launch plan`."""
+    # No abbreviations: --gpu-memory would pass for --gpu-memory-gib, whatever unit was meant.
+    parser.allow_abbrev = False
+    parser.add_argument("--processes", type=int, required=True, help="processes of the run (one per GPU)")
+    parser.add_argument("--gpu-memory-gib", help="memory of a GPU in GiB: what does not fit is named, with what would")
+    parser.add_argument("--vocab-size", type=int, help="tokens of the tokenizer; by default the corpus says")
+    parser.add_argument("--link-gb-per-s", default="40", help="GB/s per rank and direction between nodes (40)")
+    parser.add_argument("--node-gb-per-s", default="300", help="GB/s per rank and direction inside a node (300)")
+    parser.add_argument("--ranks-per-node", type=int, default=8, help="processes per node (8)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    parser.add_argument("overrides", nargs="*", help="settings, as for `python -m train`")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out `python -m launch plan`."""
+    links = Links(
+        network=_number("--link-gb-per-s", arguments.link_gb_per_s),
+        node=_number("--node-gb-per-s", arguments.node_gb_per_s),
+        ranks_per_node=arguments.ranks_per_node,
+    )
+    memory = None
+    if arguments.gpu_memory_gib is not None:
+        memory = _number("--gpu-memory-gib", arguments.gpu_memory_gib)
+    for name in ("processes", "ranks_per_node", "vocab_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} must be 1 or more")
+    settings = settings_without_corpus(arguments.overrides, arguments.processes)
+    document = make_plan(settings, arguments.processes, arguments.vocab_size, memory, links)
+    print(json.dumps(document, indent=1) if arguments.json else "\n".join(as_text(document)))
+    return 0
+
+
+def _number(option: str, text: str) -> float:
+    """A number above zero.
+
+    Raises:
+        ConfigError: naming the option and the value.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{option}={text} must be a number above zero")
+    return value
+
+
+def settings_without_corpus(overrides: list[str], processes: int) -> RunSettings:
+    """The checked settings of a run that may not name a corpus yet, every stage with its step.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
+    settings = to_settings(compose_settings(overrides))
+    named = settings
+    if not settings.data.corpus and not settings.data.blend:
+        named = replace(settings, data=replace(settings.data, corpus="none"))
+    named.check(processes)
+    return settings.resolved()
+
+
+def vocabulary(settings: RunSettings, given: int | None) -> tuple[int, str]:
+    """Tokens of the tokenizer, and who says so.
+
+    Raises:
+        DataError: if neither the command line nor a corpus does.
+    """
+    if given is not None:
+        return given, "--vocab-size"
+    # Here, because it imports the tokenizers.
+    from train.manifest import load_manifest
+
+    try:
+        manifest = load_manifest(settings.data.corpora()[0].prefix)
+    except (ConfigError, DataError) as e:
+        what = str(e).split(": build one")[0]
+        raise DataError(f"the size of the vocabulary is not known ({what}): give --vocab-size") from None
+    return manifest.vocab_size, f"corpus {manifest.prefix}"
+
+
+def attention_is_flash(settings: RunSettings, on_gpu: bool) -> bool:
+    """Whether attention keeps no scores: Transformer Engine's, which `auto` takes on GPUs that have it."""
+    return settings.model.experts == "te" or (settings.model.experts == "auto" and on_gpu)
+
+
+def make_plan(
+    settings: RunSettings, processes: int, vocab_size: int | None, gpu_memory_gib: float | None, links: Links
+) -> dict[str, Any]:
+    """Everything that the command prints, as one JSON-able document.
+
+    Args:
+        settings: of the run, every stage with its step.
+        processes: of the run.
+        vocab_size: tokens of the tokenizer; None asks the corpus.
+        gpu_memory_gib: memory of a GPU; None if it is not to be judged.
+        links: bandwidths for the predicted pause.
+
+    Raises:
+        CoppiceError: naming the key, the value and the remedy.
+    """
+    vocab, says = vocabulary(settings, vocab_size)
+    flash = attention_is_flash(settings, gpu_memory_gib is not None)
+    number = len(settings.upcycle.stages) + 1
+    prints = [footprint(settings, stage, processes, vocab, flash=flash) for stage in range(number)]
+    stages = [_stage(settings, i, processes, prints[i]) for i in range(number)]
+    switches = [
+        _switch(settings, i, processes, vocab, prints[i - 1], prints[i], links, stages[i - 1], stages[i])
+        for i in range(1, number)
+    ]
+    needed = max([s["memory"]["largest"]["total"] for s in stages] + [s["peak_bytes"] for s in switches])
+    tokens = settings.tokens_per_step()
+    document: dict[str, Any] = {
+        "processes": processes,
+        "vocabulary": {"size": vocab, "padded": padded_vocabulary(settings.model, vocab), "from": says},
+        "tokens_per_step": tokens,
+        "steps": settings.run.steps,
+        "tokens": tokens * settings.run.steps,
+        "flops": sum(s["flops"] for s in stages),
+        "stages": stages,
+        "switches": switches,
+        "links": asdict(links),
+        "assumptions": _assumptions(settings, flash),
+        "warnings": [s["warning"] for s in switches if s["warning"]],
+        "needed_bytes": needed,
+        "gpu_memory_bytes": None if gpu_memory_gib is None else round(gpu_memory_gib * GIB),
+        "fits": None,
+        "hints": [],
+    }
+    if gpu_memory_gib is not None:
+        limit = round(gpu_memory_gib * GIB)
+        document["fits"] = needed <= limit
+        if needed > limit:
+            staging = max((s["staging_bytes"] for s in switches), default=0)
+            document["hints"] = list(hints(settings, processes, vocab, flash, limit, staging))
+    return document
+
+
+def _assumptions(settings: RunSettings, flash: bool) -> list[str]:
+    kind = "no scores are kept (Transformer Engine)" if flash else "scores are kept (mcore's plain attention)"
+    found = [
+        f"activations are an estimate (docs/planning.md), tokens even over experts; attention: {kind}",
+        "not counted: the CUDA context, NCCL's and kernels' buffers, gaps of the allocator",
+        "the run starts anew and takes the configured stages; no operator's request, no return by the guard",
+    ]
+    if settings.model.mcore:
+        found.append(f"not looked at: model.mcore={settings.model.mcore}")
+    return found
+
+
+def _stage(settings: RunSettings, number: int, processes: int, prints: Footprint) -> dict[str, Any]:
+    model, upcycle = settings.model, settings.upcycle
+    experts = upcycle.expert_counts(model.num_experts)[number]
+    parallel = settings.parallel_of(number)
+    counts = count(model, experts, prints.chunks)
+    begins = upcycle.stages[number - 1].at_step if number else 0
+    ends = upcycle.stages[number].at_step if number < len(upcycle.stages) else settings.run.steps
+    tokens = (ends - begins) * settings.tokens_per_step()
+    per_token = flops_per_token(model, experts, prints.chunks, settings.data.sequence_length)
+    data = settings.data
+    return {
+        "number": number,
+        "first_step": begins + 1,
+        "last_step": ends,
+        "layout": parallel.describe(processes),
+        "accumulation": data.global_batch_size // (data.micro_batch_size * parallel.data(processes)),
+        "experts": experts,
+        "top_k": model.top_k if experts else None,
+        "parameters_total": counts.total,
+        "parameters_active": counts.active,
+        "parameters_experts": counts.experts,
+        "active_share": counts.active / counts.total,
+        "experts_active_share": model.top_k / experts if experts else None,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / counts.total,
+        "flops_per_token": per_token,
+        "flops": per_token * tokens,
+        "checkpoint_bytes": checkpoint_bytes(counts.total, settings.run.precision),
+        "memory": {
+            "largest_rank": prints.largest,
+            "largest": _memory(prints, prints.largest),
+            "smallest_rank": prints.smallest,
+            "smallest": _memory(prints, prints.smallest),
+            "by_pipeline_rank": [_memory(prints, rank) for rank in _first_of_pipeline(parallel, processes)],
+            "totals": [m.total for m in prints.ranks],
+        },
+        "experts_by_rank": _expert_table(prints, parallel, experts),
+    }
+
+
+def _memory(prints: Footprint, rank: int) -> dict[str, int]:
+    memory = prints.ranks[rank]
+    return {**asdict(memory), "total": memory.total}
+
+
+def _first_of_pipeline(parallel: ParallelConfig, processes: int) -> range:
+    return range(0, processes, processes // parallel.pipeline)
+
+
+def _expert_table(prints: Footprint, parallel: ParallelConfig, experts: int) -> list[dict[str, Any]]:
+    """Per expert-parallel rank: the ids it holds of every MoE layer on its pipeline rank, and the ranks that stand there."""
+    if not experts:
+        return []
+    share = experts // parallel.expert
+    ranks: list[list[int]] = [[] for _ in range(parallel.expert)]
+    for rank, at in enumerate(prints.places):
+        ranks[at.expert].append(rank)
+    return [
+        {"expert_rank": i, "first": i * share, "last": (i + 1) * share - 1, "ranks": spans(held)}
+        for i, held in enumerate(ranks)
+    ]
+
+
+def _switch(
+    settings: RunSettings,
+    number: int,
+    processes: int,
+    vocab: int,
+    before: Footprint,
+    after: Footprint,
+    links: Links,
+    old: dict[str, Any],
+    new: dict[str, Any],
+) -> dict[str, Any]:
+    options = settings.upcycle
+    moves = switch_traffic(settings, number, processes, vocab, links.ranks_per_node)
+    # Messages in flight stay within the chunk, and there is no more of them than there is to move.
+    staging = sum(min(options.transfer_chunk_mib * 2**20, n) for n in moves.largest_by_rank())
+    memory = switch_memory(before, after, options.path, staging)
+    shares = (old["experts_active_share"], new["experts_active_share"])
+    falls = shares[0] is not None and shares[1] < shares[0]
+    return {
+        "after_step": options.stages[number - 1].at_step,
+        "path": options.path,
+        "experts": [old["experts"], new["experts"]],
+        "warning": _LOW_ACTIVATION.format(before=shares[0], after=shares[1]) if falls else None,
+        "peak_rank": memory.rank,
+        "peak_bytes": memory.peak,
+        "staging_bytes": staging,
+        "peak_bound_bytes": round(SWITCH_BOUND * memory.steady),
+        "saves": [old["checkpoint_bytes"]] * (options.save_before or options.path == "checkpoint")
+        + [new["checkpoint_bytes"]] * (options.save_after or options.path == "checkpoint"),
+        **_traffic(moves, links),
+    }
+
+
+def _traffic(moves: Traffic, links: Links) -> dict[str, Any]:
+    sent, received = moves.largest_by_rank()
+    return {
+        "moved_bytes": moves.moved,
+        "moved_between_nodes_bytes": moves.between_nodes(links.ranks_per_node),
+        "largest_sent_bytes": sent,
+        "largest_received_bytes": received,
+        "pairs": len(moves.pairs),
+        "busiest": [{"from": a, "to": b, "bytes": n} for (a, b), n in moves.busiest(8)],
+        "predicted_seconds": moves.seconds(links),
+        "notes": moves.note,
+    }
+
+
+# ---- what would fit --------------------------------------------------------------------------------------------------
+
+
+def hints(
+    settings: RunSettings, processes: int, vocab: int, flash: bool, limit_bytes: int, staging_bytes: int
+) -> Iterator[dict[str, Any]]:
+    """Single changes that bring the fullest rank under a limit, the smallest step of each; else how far each gets.
+
+    Yields:
+        The change, what the fullest rank would hold, and whether that fits.
+    """
+    for steps in _changes(settings):
+        best: dict[str, Any] | None = None
+        for text, changed in steps:
+            try:
+                named = replace(changed, data=replace(changed.data, corpus=changed.data.corpus or "none"))
+                (changed if changed.data.blend else named).check(processes)
+            except ConfigError:
+                continue
+            needed = needed_bytes(changed, processes, vocab, flash, staging_bytes)
+            if best is None or needed < best["needed_bytes"]:
+                best = {"change": text, "needed_bytes": needed, "fits": needed <= limit_bytes}
+            if needed <= limit_bytes:
+                break
+        if best is not None:
+            yield best
+
+
+def needed_bytes(settings: RunSettings, processes: int, vocab: int, flash: bool, staging_bytes: int) -> int:
+    """What the fullest rank holds in any stage or switch, looking at the first ranks of each pipeline rank.
+
+    The traffic of a switch is not planned again; its staging memory is taken from the plan as it was asked for.
+    """
+    number = len(settings.upcycle.stages) + 1
+    firsts = [_first_of_pipeline(settings.parallel_of(i), processes) for i in range(number)]
+    only = sorted({rank for ranks in firsts for rank in ranks})
+    prints = [footprint(settings, i, processes, vocab, flash=flash, only=only) for i in range(number)]
+    found = [p.ranks[p.largest].total for p in prints]
+    found += [switch_memory(a, b, settings.upcycle.path, staging_bytes).peak for a, b in pairwise(prints)]
+    return max(found)
+
+
+def _changes(settings: RunSettings) -> Iterator[Iterator[tuple[str, RunSettings]]]:
+    """Kinds of change, each from its smallest step on."""
+    if not settings.optimizer.distributed:
+        yield iter(
+            [("optimizer.distributed=true", replace(settings, optimizer=replace(settings.optimizer, distributed=True)))]
+        )
+    for name in ("expert", "tensor", "pipeline"):
+        yield (_scaled(settings, name, factor) for factor in (2, 4, 8, 16))
+    kinds = ("none", "selective", "full")
+    later = kinds[kinds.index(settings.model.recompute) + 1 :]
+    yield (
+        (f"model.recompute={kind}", replace(settings, model=replace(settings.model, recompute=kind))) for kind in later
+    )
+    size, smaller = settings.data.micro_batch_size, []
+    while size > 1:
+        size //= 2
+        smaller.append(size)
+    yield (
+        (f"data.micro_batch_size={n}", replace(settings, data=replace(settings.data, micro_batch_size=n)))
+        for n in smaller
+    )
+
+
+def _scaled(settings: RunSettings, name: str, factor: int) -> tuple[str, RunSettings]:
+    """One parallel size times a factor, in every stage that sets it."""
+    value = getattr(settings.parallel, name) * factor
+    stages, own = [], False
+    for stage in settings.upcycle.stages:
+        size = getattr(stage.parallel, name)
+        if size is not None:
+            own = True
+            stage = replace(stage, parallel=replace(stage.parallel, **{name: size * factor}))
+        stages.append(stage)
+    text = f"parallel.{name}={value}" + (f", and {factor} times that of the stages that set it" if own else "")
+    changed = replace(
+        settings,
+        parallel=replace(settings.parallel, **{name: value}),
+        upcycle=replace(settings.upcycle, stages=stages),
+    )
+    return text, changed
