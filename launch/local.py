@@ -20,8 +20,9 @@ from train.run_files import RunFiles
 from train.settings import load_settings
 from train.signals import follow_parent
 
-# Log lines of torchrun's agent, such as "W1122 08:08:09.846000 32096 torch/distributed/run.py:874] ...".
-_AGENT_LOG = re.compile(r"[WEI]\d{4} [\d:.]+ +\d+ torch/distributed/")
+# Log lines of torchrun's agent, such as "W1122 08:08:09.846000 32096 torch/distributed/run.py:874] ..."; where torch lies
+# below the current folder the path begins there.
+_AGENT_LOG = re.compile(r"[WEI]\d{4} [\d:.]+ +\d+ (?:\S*/)?torch/distributed/")
 
 _AGENT_FILES = ("torch/distributed/run.py", "torch/distributed/elastic/")
 _TERMINATED = 128 + signal.SIGTERM

@@ -15,6 +15,7 @@ from parallel.errors import ConfigError, LaunchError
 from tests.train.trainer import SMALL, events, metrics, small_corpus
 
 _AGENT = """W1122 08:08:09.846000 32096 torch/distributed/run.py:874] Setting OMP_NUM_THREADS
+E1125 00:18:34.143000 5514 .venv/lib/python3.11/site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed
 error: data.corpus=x: there is no corpus
 E1122 08:08:25.041000 32096 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 3)
 Traceback (most recent call last):
