@@ -7,6 +7,7 @@ It is the job's own key-value store: torchrun's launcher keeps it, or rank 0 whe
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,12 +24,25 @@ class Board:
     Args:
         name: of the board; another one for every run of a job.
         timeout_seconds: after which a call fails. Only some calls heed it: one may wait for ever on a host that is gone.
+
+    Raises:
+        BoardLostError: if nobody keeps the board any more.
     """
 
     def __init__(self, name: str, timeout_seconds: float) -> None:
         # A copy has a connection of its own. The job's may be in use by the main thread, for as long as that is stuck.
-        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        store.set_timeout(timedelta(seconds=timeout_seconds))
+        # torch's own description of stores lacks half of what they have.
+        ours: Any = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        patience, ours_has = timedelta(seconds=timeout_seconds), ours.timeout
+        # A copy connects for as long as the original is patient, which is minutes where its keeper is gone.
+        ours.set_timeout(patience)
+        try:
+            store = ours.clone()
+        except RuntimeError as e:
+            raise BoardLostError(str(e)) from e
+        finally:
+            ours.set_timeout(ours_has)
+        store.set_timeout(patience)
         self._store = dist.PrefixStore(name, store)
 
     def post(self, key: str, text: str) -> None:

@@ -118,11 +118,19 @@ class Watchdog:
         self._verdict_at = 0.0
         self._over, self._wake = threading.Event(), threading.Event()
         # The same for all ranks, and another one for each run of these processes.
-        self._board = Board(f"watchdog/{run.layout.from_rank_zero(uuid.uuid4().hex)}", max(5.0, self._limit / 4))
-        if self._rank == 0:
-            self._board.post(_VERDICT, _BLANK)
-        self._board.post(str(self._rank), self._sign.to_json())
-        run.layout.barrier()
+        name = f"watchdog/{run.layout.from_rank_zero(uuid.uuid4().hex)}"
+        reached = True
+        try:
+            self._board = Board(name, min(30.0, max(5.0, self._limit / 4)))
+            if self._rank == 0:
+                self._board.post(_VERDICT, _BLANK)
+            self._board.post(str(self._rank), self._sign.to_json())
+        except BoardLostError:
+            reached = False
+        if not all(run.layout.gather_objects(reached)):
+            # The launcher has just died: its ranks have been asked to stop, and save and leave without it.
+            run.console.say(f"nobody watches for ranks that hang: {self._board_is_gone()}")
+            return
         self._watching = True
         self._talker = threading.Thread(target=self._talk, name="watchdog talks", daemon=True)
         self._talker.start()

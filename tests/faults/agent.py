@@ -4,11 +4,13 @@ The agent is the one that `torchrun` runs (`torch.distributed.launcher`), in a p
 as under torchrun, so it can be killed, it notices when one of them dies, and they notice when it does.
 """
 
+import contextlib
 import os
 import signal
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.distributed import RankError, run_distributed
@@ -77,6 +79,11 @@ def _rank(agent: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         # torchrun's ranks do not inherit the agent's handlers.
         signal.signal(number, signal.SIG_DFL)
+    # Nor its sockets: a store that is gone would seem to listen, for as long as a rank has them.
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            if os.readlink(entry).startswith("socket:"):
+                os.close(int(entry.name))
     # As `python -m train` does under torchrun.
     follow_parent()
     result = fn(*args)

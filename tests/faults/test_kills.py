@@ -23,7 +23,7 @@ import pytest
 
 from tests.faults.agent import run_under_agent
 from tests.faults.fire import VICTIMS, Shot, draw_shots, newest_step, train_under_fire
-from tests.train.trainer import SMALL, metrics, small_corpus
+from tests.train.trainer import SMALL, metrics, small_corpus, train_here
 from train.checkpoint import list_checkpoints, read_manifest
 from train.status import read_status
 
@@ -167,3 +167,29 @@ def test_ranks_whose_agent_dies_save_and_leave(victim: str, corpus: Path, tmp_pa
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(os.getpgid(process), signal.SIGKILL)
         agent.wait()
+
+
+def _train_without_an_agent(overrides: list[str]) -> str:
+    """A run whose agent, which keeps the ranks' store, is killed right before the ranks meet at the watchdog's board."""
+    from train.watchdog import Watchdog
+
+    start, agent = Watchdog.start, os.getppid()
+
+    def late(self: Watchdog, run: Any) -> None:
+        if run.layout.rank == 0:
+            os.kill(agent, signal.SIGKILL)
+        while os.getppid() == agent:
+            time.sleep(0.01)
+        start(self, run)
+
+    Watchdog.start = late  # type: ignore[method-assign]
+    return train_here(overrides)
+
+
+def test_an_agent_that_dies_before_the_first_step_holds_nobody_up(corpus: Path, tmp_path: Path) -> None:
+    """Connecting to a store that is gone takes as long as one is patient."""
+    words = [*_run(corpus, tmp_path / "run"), "health.hang_seconds=20"]
+    assert run_under_agent(_train_without_an_agent, _RANKS, words, timeout=60).agent_died
+    status = read_status(tmp_path / "run")
+    assert status is not None and (status["state"], status["step"]) == ("stopped", 0)
+    assert run_under_agent(train_here, _RANKS, words).results == ["finished"] * _RANKS
