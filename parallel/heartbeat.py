@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from parallel.errors import LaunchError
 
+# A store that is there answers at once.
+_CONNECT = timedelta(seconds=5)
+
 
 class BoardLostError(Exception):
     """Whoever keeps the board does not answer any more."""
@@ -35,7 +38,7 @@ class Board:
         ours: Any = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
         patience, ours_has = timedelta(seconds=timeout_seconds), ours.timeout
         # A copy connects for as long as the original is patient, which is minutes where its keeper is gone.
-        ours.set_timeout(patience)
+        ours.set_timeout(min(patience, _CONNECT))
         try:
             store = ours.clone()
         except RuntimeError as e:
