@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from launch.network import Chunk, gated, head_widths, network_chunks, padded_vocabulary
-from model.config import ModelConfig
-from parallel.cluster import STATE_BYTES, Coordinates, LogicalTensor, coordinates
+from launch.network import Chunk, gated, head_widths, network_chunks
+from model.config import ModelConfig, padded_vocab_size
+from parallel.cluster import STATE_BYTES, Coordinates, LogicalTensor, coordinates, round_up
 from parallel.config import ParallelConfig
 from train.config import RunSettings
 
@@ -70,7 +70,7 @@ def buffer_of(
 
     def close(end: int) -> int:
         """Pad and deal out the bucket that ends here; where the next begins."""
-        stop = _up(end, math.lcm(ranks, 128))
+        stop = round_up(end, math.lcm(ranks, 128))
         share = (stop - edge) // ranks
         for first, last in bucket:
             for rank in range((first - edge) // share, (last - 1 - edge) // share + 1):
@@ -80,7 +80,7 @@ def buffer_of(
         return stop
 
     for index in reversed(range(len(sizes))):
-        start = _up(position, 64)
+        start = round_up(position, 64)
         if index in alone and bucket:
             start = edge = close(start)
         position = start + sizes[index]
@@ -91,10 +91,6 @@ def buffer_of(
     if bucket:
         edge = close(position)
     return Buffer(edge, tuple(owned))
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def local_elements(tensor: LogicalTensor, parallel: ParallelConfig) -> int:
@@ -264,7 +260,7 @@ def activation_bytes(
         elements += in_flight[0] * model.hidden_size / tensor
     total = elements * weight
     if stage == pipeline - 1:
-        rows = padded_vocabulary(model, vocab_size)
+        rows = padded_vocab_size(model, vocab_size)
         total += 2 * model.hidden_size / tensor * weight + rows / tensor * (weight + 4)
     return round(total * tokens)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
+from launch.environment import DEFAULTS
 from parallel.errors import LaunchError
 from train.run_files import RunFiles
 from train.settings import load_settings
@@ -113,9 +114,7 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     settings = load_settings(overrides, world_size=processes)
     if port is not None:
         check_port(port)
-    # Huge pages: without them the kernel spends more time on handing out large tensors than a switch on filling them.
-    defaults = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "THP_MEM_ALLOC_ENABLE": "1"}
-    environment = defaults | dict(os.environ)
+    environment = DEFAULTS | dict(os.environ)
     # A session of its own: Ctrl-C reaches this process alone, which passes it on.
     agent = subprocess.Popen(
         torchrun_command(processes, port, overrides),

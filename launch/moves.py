@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from launch.network import Chunk, network_chunks
-from parallel.cluster import LogicalTensor, describe_rank
+from parallel.cluster import LogicalTensor, describe_rank, round_up
 from parallel.config import ParallelConfig
 from parallel.reshard_plan import Holding, plan_key
 from train.config import RunSettings
@@ -230,7 +230,7 @@ class _Mover:
         same = self._before.pipeline == self._after.pipeline
         stages = 1 if same else math.lcm(self._before.pipeline, self._after.pipeline)
         share = max(1, len(layers) // stages)
-        wanted = min(share, _up(max(1, _AFFORDABLE * share // (ranks * len(new))), self._period))
+        wanted = min(share, round_up(max(1, _AFFORDABLE * share // (ranks * len(new))), self._period))
         # From the end of each share: leading layers may be dense.
         kept = {n for first in range(0, len(layers), share) for n in layers[first : first + share][-wanted:]}
         self.scaled = (len(kept), len(layers))
@@ -279,10 +279,6 @@ class _Mover:
                 if key.startswith("weight/") or key.split("/", 1)[0] in self._states:
                     found.setdefault(key, {})[rank] = holding
         return found
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _layer_of(tensor: LogicalTensor) -> int | None:

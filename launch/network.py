@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from model.config import ModelConfig
+from model.config import ModelConfig, padded_vocab_size
 from parallel.cluster import LogicalTensor
 from parallel.config import ParallelConfig
 
@@ -46,11 +46,6 @@ class Counts:
     experts: int
 
 
-def padded_vocabulary(model: ModelConfig, vocab_size: int) -> int:
-    """Rows of the embedding (`model.build.padded_vocab_size`, which would import mcore)."""
-    return -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
-
-
 def head_widths(model: ModelConfig) -> tuple[int, int]:
     """Width of one head's query and key, and of its value."""
     if model.attention == "mla":
@@ -78,7 +73,7 @@ def network_chunks(
     """
     pipeline, chunks = parallel.pipeline, parallel.chunks()
     share = model.layers // (pipeline * chunks)
-    rows, moe = padded_vocabulary(model, vocab_size), set(model.moe_layer_numbers()) if num_experts else set()
+    rows, moe = padded_vocab_size(model, vocab_size), set(model.moe_layer_numbers()) if num_experts else set()
     found = []
     for position in range(pipeline * chunks):
         index, stage = divmod(position, pipeline)

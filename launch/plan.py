@@ -14,8 +14,9 @@ from typing import Any
 
 from launch.footprint import SWITCH_BOUND, Footprint, checkpoint_bytes, footprint, switch_memory
 from launch.moves import Links, Traffic, switch_traffic
-from launch.network import count, flops_per_token, padded_vocabulary
+from launch.network import count, flops_per_token
 from launch.plan_tables import as_text, spans
+from model.config import padded_vocab_size
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError, DataError
 from train.config import RunSettings
@@ -84,11 +85,19 @@ def settings_without_corpus(overrides: list[str], processes: int) -> RunSettings
         ConfigError: naming the key, the value and the remedy.
     """
     settings = to_settings(compose_settings(overrides))
-    named = settings
-    if not settings.data.corpus and not settings.data.blend:
-        named = replace(settings, data=replace(settings.data, corpus="none"))
-    named.check(processes)
+    _check(settings, processes)
     return settings.resolved()
+
+
+def _check(settings: RunSettings, processes: int) -> None:
+    """Check settings that may not name a corpus.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
+    if not settings.data.corpus and not settings.data.blend:
+        settings = replace(settings, data=replace(settings.data, corpus="none"))
+    settings.check(processes)
 
 
 def vocabulary(settings: RunSettings, given: int | None) -> tuple[int, str]:
@@ -143,7 +152,7 @@ def make_plan(
     tokens = settings.tokens_per_step()
     document: dict[str, Any] = {
         "processes": processes,
-        "vocabulary": {"size": vocab, "padded": padded_vocabulary(settings.model, vocab), "from": says},
+        "vocabulary": {"size": vocab, "padded": padded_vocab_size(settings.model, vocab), "from": says},
         "tokens_per_step": tokens,
         "steps": settings.run.steps,
         "tokens": tokens * settings.run.steps,
@@ -304,8 +313,7 @@ def hints(
         best: dict[str, Any] | None = None
         for text, changed in steps:
             try:
-                named = replace(changed, data=replace(changed.data, corpus=changed.data.corpus or "none"))
-                (changed if changed.data.blend else named).check(processes)
+                _check(changed, processes)
             except ConfigError:
                 continue
             needed = needed_bytes(changed, processes, vocab, flash, staging_bytes)

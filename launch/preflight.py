@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch import checks
@@ -44,9 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--processes={processes} and WORLD_SIZE={world} differ: leave --processes out under a launcher"
         )
-    found = local_checks(arguments.overrides, processes)
-    if world > 1:
-        found = with_others(arguments.overrides, processes, found, arguments.timeout_seconds)
+    mine = look_here(arguments.overrides, processes)
+    found = with_others(mine, arguments.timeout_seconds) if world > 1 else mine.checks
     if os.environ.get("RANK", "0") == "0":
         tell(found, arguments.json)
     return exit_code(found)
@@ -68,12 +67,29 @@ def tell(found: Sequence[Check], as_json: bool) -> None:
     print(f"{counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} ok")
 
 
-def local_checks(overrides: list[str], processes: int) -> list[Check]:
+@dataclass(frozen=True)
+class Here:
+    """What one process finds out by itself.
+
+    Attributes:
+        checks: its answers.
+        versions: of `checks.installed`.
+        gpus: kinds that it sees.
+        settings: of the run; None if they cannot be.
+    """
+
+    checks: list[Check]
+    versions: Mapping[str, str]
+    gpus: tuple[str, ...] = ()
+    settings: RunSettings | None = None
+
+
+def look_here(overrides: list[str], processes: int) -> Here:
     """Everything that one process can find out by itself."""
     versions = checks.installed()
     if "torch" not in versions or "megatron-core" not in versions:
         # Nothing else can be imported.
-        return checks.check_versions(versions, has_gpu=False)
+        return Here(checks.check_versions(versions, has_gpu=False), versions)
     from parallel.compat import quiet_megatron
 
     quiet_megatron()
@@ -88,17 +104,17 @@ def local_checks(overrides: list[str], processes: int) -> list[Check]:
     except CoppiceError as e:
         found.append(Check("settings", "problem", str(e)))
     if settings is None:
-        return found
+        return Here(found, versions, gpus.names)
     found.append(Check("settings", "ok", f"valid for {processes} {'process' if processes == 1 else 'processes'}"))
     found += guarded("corpus", lambda: checks.check_corpus(settings))
     found += guarded("run.dir", lambda: checks.check_run_dir(settings))
     # Without a corpus the vocabulary is unknown, which was told.
     if not any(check.name == "corpus" and check.state == "problem" for check in found):
         found += guarded("space", lambda: checks.check_space(settings))
-    return found
+    return Here(found, versions, gpus.names, settings)
 
 
-def with_others(overrides: list[str], processes: int, mine: list[Check], timeout_seconds: int) -> list[Check]:
+def with_others(mine: Here, timeout_seconds: int) -> list[Check]:
     """What all ranks find together; collective.
 
     Raises:
@@ -115,22 +131,19 @@ def with_others(overrides: list[str], processes: int, mine: list[Check], timeout
         deadline.renew("all ranks had met")
         try:
             layout = Layout.create(ParallelConfig(timeout_seconds=timeout_seconds), 0)
-            gpus = checks.find_gpus().names
             layout.barrier()
             now = time.time()
             facts: list[RankFacts] = layout.gather_objects(
-                RankFacts(checks.host(), checks.installed(), gpus, now, tuple(mine))
+                RankFacts(checks.host(), mine.versions, mine.gpus, now, tuple(mine.checks))
             )
             found = [*checks.merge_local(facts), *checks.compare_ranks(facts)]
             found.append(
                 Check("backend", "ok", f"{'NCCL and ' if layout.device.type == 'cuda' else ''}gloo groups formed")
             )
-            try:
-                run_dir = Path(settings_without_corpus(overrides, processes).run.dir)
-            except CoppiceError:
+            if mine.settings is None:
                 # Alike on all ranks, and told.
                 return found
-            folder = layout.from_rank_zero(str(checks.nearest_folder(run_dir)))
+            folder = layout.from_rank_zero(str(checks.nearest_folder(Path(mine.settings.run.dir))))
             return [*found, *checks.check_shared_files(layout, Path(folder))]
         except RuntimeError as e:
             rank = os.environ.get("RANK", "0")

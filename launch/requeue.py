@@ -11,7 +11,6 @@ imported: minutes before a time limit this has to be quick.
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CoppiceError, DataError, LaunchError
-from train.checkpoint_files import MARKER
-from train.run_files import write_json
+from train.checkpoint_files import MARKER, place_of
+from train.run_files import STOP_FILE, write_json
 from train.status import read_status
 
 RESTARTS = "restarts.json"
-# `train.signals.STOP_FILE`, whose module imports torch.
-STOP_FILE = "stop"
 # First word of a stop file that the batch script left; anything else is the user's.
 OUR_STOP = "slurm"
 _KEPT = 50
@@ -177,9 +174,9 @@ def newest_checkpoint(run_dir: Path) -> list[int]:
     """Step and stage of the furthest complete checkpoint; [-1, 0] without one."""
     found = [[-1, 0]]
     for marker in run_dir.glob(f"checkpoints/*/{MARKER}"):
-        name = re.fullmatch(r"step-(\d+)(?:-stage(\d+))?", marker.parent.name)
-        if name:
-            found.append([int(name[1]), int(name[2] or 0)])
+        place = place_of(marker.parent)
+        if place is not None:
+            found.append(list(place))
     return max(found)
 
 
@@ -257,10 +254,8 @@ def _drop_our_stop(run_dir: Path) -> None:
     """Remove a request to stop that was meant for an earlier start, which was killed before it looked."""
     path = run_dir / STOP_FILE
     try:
-        if path.read_text().startswith(f"{OUR_STOP} "):
+        if path.exists() and path.read_text().startswith(f"{OUR_STOP} "):
             path.unlink()
-    except FileNotFoundError:
-        pass
     except OSError as e:
         raise DataError(f"{path}: cannot be removed ({e.strerror}): remove it, or the run stops at once") from None
 

@@ -12,12 +12,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.environment import DEFAULTS
+
 # What sbatch and bash take literally.
 _PLAIN = re.compile(r"[\w./:=,@%+^-]", re.ASCII)
 # Seconds that srun waits for the other nodes after the first has ended; torchrun's agents wait as long for each other.
 _WAIT_SECONDS = 300
-# As `launch local` has them; see there.
-_DEFAULTS = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _environment(job: SlurmJob) -> str:
     if job.interface:
         given = {"NCCL_SOCKET_IFNAME": job.interface, "GLOO_SOCKET_IFNAME": job.interface} | given
     lines = [f"export PYTHONPATH={shlex.quote(str(job.root))}${{PYTHONPATH:+:$PYTHONPATH}}"]
-    lines += [f'export {name}="${{{name}:-{value}}}"' for name, value in _DEFAULTS.items() if name not in given]
+    lines += [f'export {name}="${{{name}:-{value}}}"' for name, value in DEFAULTS.items() if name not in given]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
     return "\n".join([*lines, ""])
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from model.attention import LatentDotProductAttention
-from model.config import ModelConfig
+from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
 from model.norm import CoppiceNorm
 from parallel.compat import (
@@ -59,11 +59,6 @@ def experts_kind(model: ModelConfig) -> str:
     if model.experts == "auto":
         return "te" if te else "grouped"
     return model.experts
-
-
-def padded_vocab_size(model: ModelConfig, vocab_size: int) -> int:
-    """Rows of the embedding: the tokenizer's vocabulary rounded up, the same in every layout."""
-    return -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
 
 
 def transformer_config(

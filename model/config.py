@@ -189,3 +189,8 @@ class ModelConfig:
         """mcore's `moe_layer_freq`: 1 for an MoE layer, 0 for a dense one."""
         numbers = set(self.moe_layer_numbers())
         return [int(i + 1 in numbers) for i in range(self.layers)]
+
+
+def padded_vocab_size(model: ModelConfig, vocab_size: int) -> int:
+    """Rows of the embedding: the tokenizer's vocabulary rounded up, the same in every layout."""
+    return -(-vocab_size // model.vocab_multiple) * model.vocab_multiple

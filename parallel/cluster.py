@@ -100,7 +100,8 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple, or the number itself if it is one."""
     return -(-number // multiple) * multiple
 
 
@@ -117,9 +118,9 @@ def zero1_range(sizes: Sequence[int], ranks: int, index: int) -> Iterator[tuple[
     """
     starts, position = [0] * len(sizes), 0
     for i in reversed(range(len(sizes))):
-        starts[i] = _up(position, 64)
+        starts[i] = round_up(position, 64)
         position = starts[i] + sizes[i]
-    share = _up(position, math.lcm(ranks, 128)) // ranks
+    share = round_up(position, math.lcm(ranks, 128)) // ranks
     low, high = index * share, (index + 1) * share
     for i, size in enumerate(sizes):
         first, last = max(low, starts[i]), min(high, starts[i] + size)

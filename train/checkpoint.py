@@ -12,7 +12,6 @@ one. One run at a time may use the folder.
 """
 
 import json
-import re
 import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +21,20 @@ from typing import Any
 
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
-from train.checkpoint_files import MANIFEST, MARKER, broken_seal, digests, file_names, is_sealed, seal, written_by
+from train.checkpoint_files import (
+    MANIFEST,
+    MARKER,
+    broken_seal,
+    digests,
+    file_names,
+    is_sealed,
+    place_of,
+    seal,
+    written_by,
+)
 from train.config import CheckpointConfig
 
 FORMAT = 4
-_NAME = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -116,12 +124,15 @@ def unsealed(run_dir: Path) -> list[Path]:
 
 def _named(run_dir: Path) -> list[Path]:
     root = run_dir / "checkpoints"
-    found = []
-    for path in root.iterdir() if root.is_dir() else []:
-        match = _NAME.match(path.name)
-        if match:
-            found.append((int(match[1]), int(match[2] or 0), path))
-    return [path for _, _, path in sorted(found)]
+    found = {path: place_of(path) for path in (root.iterdir() if root.is_dir() else ())}
+    return sorted((path for path, place in found.items() if place is not None), key=lambda path: (found[path], path))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step of one of the checkpoints that `list_checkpoints` gives."""
+    place = place_of(checkpoint)
+    assert place is not None
+    return place[0]
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -335,7 +346,7 @@ class CheckpointFolder:
         stuck = {}
         with self.layout.together("removing old checkpoints"):
             if self.layout.rank == 0 and self.config.keep_last is not None:
-                steps = {path: int(path.name[5:13]) for path in list_checkpoints(self.run_dir)}
+                steps = {path: step_of(path) for path in list_checkpoints(self.run_dir)}
                 every = self.config.keep_every_steps
                 ordinary = [p for p, s in steps.items() if s not in kept_steps and not (every and s % every == 0)]
                 for path in ordinary[: -self.config.keep_last]:

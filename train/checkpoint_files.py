@@ -24,6 +24,13 @@ MARKER = "complete.json"
 # Names that say which rank wrote a file: tensors of torch_dist, and generator states.
 _RANK = re.compile(r"(?:__|rank-)0*(\d+)(?:_\d+)?\.(?:distcp|pt)$")
 _READ_BYTES = 1 << 22
+_FOLDER = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
+
+
+def place_of(folder: Path) -> tuple[int, int] | None:
+    """Step of a checkpoint, and stage of one that an expansion has made (else 0), by its name; None if it has another."""
+    match = _FOLDER.match(folder.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def file_names(folder: Path) -> list[str]:

@@ -257,10 +257,8 @@ class HealthConfig:
         Raises:
             ConfigError: naming the key, the value and the remedy.
         """
-        for key in ("bad_steps", "spike_window_steps", "max_rollbacks"):
+        for key in ("bad_steps", "spike_window_steps", "max_rollbacks", "hang_seconds"):
             positive(f"health.{key}", getattr(self, key))
-        if self.hang_seconds is not None:
-            positive("health.hang_seconds", self.hang_seconds)
         one_of("health.action", self.action, ("stop", "rollback"))
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ConfigError(f"health.spike_factor={self.spike_factor} must be above 1: every step would be a spike")

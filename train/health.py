@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import CoppiceError, DataError
-from train.checkpoint import Manifest, list_checkpoints, read_manifest
+from train.checkpoint import Manifest, list_checkpoints, read_manifest, step_of
 from train.config import HealthConfig
 from train.run_files import write_json
 from train.stage import build_stage
@@ -174,7 +174,7 @@ def _checkpoint_before(run: "Run", step: int, what: str) -> Path:
     found: Path | None = None
     with run.layout.together("looking for a checkpoint to go back to"):
         if run.layout.rank == 0:
-            own = [path for path in list_checkpoints(run.files.run_dir) if int(path.name[5:13]) < step]
+            own = [path for path in list_checkpoints(run.files.run_dir) if step_of(path) < step]
             found = own[-1] if own else None
     found = run.layout.from_rank_zero(found)
     if found is None:

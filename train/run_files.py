@@ -26,6 +26,8 @@ from typing import Any
 
 from parallel.errors import DataError
 
+# A request to stop the run, where signals do not reach its ranks.
+STOP_FILE = "stop"
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o644
 # One for all lines: json.loads would build one per call. NaN, which we never write but others may, reads as null.

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from parallel.errors import ConfigError
 
 PATTERN = 1 << 20
+_MARK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,17 @@ class Blend:
         return which, ordinal
 
     @cached_property
+    def _marks(self) -> npt.NDArray[np.int64]:
+        """How many samples of each corpus lie before every `_MARK`-th sample of the pattern, and in all of it.
+
+        Every step asks for counts: from the nearest mark there is little left to count.
+        """
+        each = [(self._pattern[0].reshape(-1, _MARK) == corpus).sum(axis=1) for corpus in range(len(self.shares))]
+        return np.vstack([np.zeros(len(self.shares), np.int64), np.cumsum(np.stack(each, axis=1), axis=0)])
+
+    @property
     def _per_pattern(self) -> npt.NDArray[np.int64]:
-        return np.bincount(self._pattern[0], minlength=len(self.shares))
+        return self._marks[-1]
 
     def place(self, number: int) -> tuple[Share, int]:
         """The corpus of the blend's sample `number`, from 0, and how many of that corpus come before it in the blend."""
@@ -68,7 +78,9 @@ class Blend:
     def counts(self, samples: int) -> dict[str, int]:
         """How many of the blend's first `samples` are of each corpus, by fingerprint."""
         patterns, rest = divmod(samples, PATTERN)
-        begun = np.bincount(self._pattern[0][:rest], minlength=len(self.shares)) + patterns * self._per_pattern
+        mark = rest // _MARK
+        begun = np.bincount(self._pattern[0][mark * _MARK : rest], minlength=len(self.shares))
+        begun += self._marks[mark] + patterns * self._per_pattern
         return {share.fingerprint: int(n) for share, n in zip(self.shares, begun, strict=True)}
 
     def refuse_tiny_shares(self, keys: Mapping[str, str]) -> None:

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from parallel.errors import DataError
+from train.run_files import STOP_FILE
 
 if TYPE_CHECKING:
     from parallel.layout import Layout
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOP_FILE = "stop"
 
 
 def follow_parent() -> None:

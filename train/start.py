@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.build import padded_vocab_size
+from model.config import padded_vocab_size
 from parallel.errors import CheckpointError
 from parallel.optimizer_ages import NEVER, OptimizerAges
 from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest, resolve, unsealed

@@ -145,7 +145,7 @@ def train_under_fire(overrides: list[str], run_dir: str, shot: Shot, told: str, 
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest complete checkpoint; 0 without one."""
-    from train.checkpoint import list_checkpoints
+    from train.checkpoint import list_checkpoints, step_of
 
     own = list_checkpoints(run_dir)
-    return int(own[-1].name[5:13]) if own else 0
+    return step_of(own[-1]) if own else 0

@@ -14,10 +14,10 @@ import pytest
 from launch.__main__ import main
 from launch.footprint import buffer_of, checkpoint_bytes, footprint
 from launch.moves import Links, Traffic, switch_traffic
-from launch.network import count, flops_per_token, network_chunks, padded_vocabulary
+from launch.network import count, flops_per_token, network_chunks
 from launch.plan import make_plan, settings_without_corpus
 from launch.plan_tables import spans
-from model.config import ModelConfig
+from model.config import ModelConfig, padded_vocab_size
 from parallel.cluster import describe_rank
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError, DataError
@@ -200,7 +200,7 @@ def test_flops_and_checkpoint_by_hand() -> None:
     attention, router, experts, output = 4 * 8 * 8, 4 * 8, 2 * 3 * 8 * 16, 128 * 8
     scores = 3 * 1 * 2 * (4 + 4) * 64
     assert flops_per_token(model, 4, chunks, 64) == 6 * (attention + router + experts + output) + scores
-    assert padded_vocabulary(model, 100) == 128
+    assert padded_vocab_size(model, 100) == 128
     assert (checkpoint_bytes(10, "bf16"), checkpoint_bytes(10, "fp32")) == (140, 160)
 
 
