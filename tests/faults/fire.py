@@ -4,6 +4,7 @@ The second kind is where the danger is: between the opening, writing, flushing, 
 interpreter announces to an audit hook. What was going on is read from the stack of the main thread before anything dies.
 """
 
+import functools
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _PHASES = {
 }  # fmt: skip
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
 
+# About what a switch or a save of the small run takes.
+_SOON = 0.15
 # Who dies: a rank, all ranks, torchrun's agent (the ranks find out), or all of them at once, as a machine does.
 VICTIMS = ("a rank", "all ranks", "the agent", "the machine")
 
@@ -43,16 +46,20 @@ class Shot:
         rank: on which the moment comes.
         events: at this touch of a file of the run; 0 for a kill by time.
         seconds: after this time.
+        since: what the time counts from: empty for the start of the job, `switch` or `save` for the first of these.
     """
 
     victim: str | None = None
     rank: int = 0
     events: int = 0
     seconds: float = 0.0
+    since: str = ""
 
 
 def draw_shots(rng: random.Random, ranks: int, events: int, seconds: float) -> Iterator[Shot]:
-    """Random kills without end, six in ten at a file; of every four, each victim has one.
+    """Random kills without end; of every four, each victim has one.
+
+    Half at a file, two in ten at any time, three in ten soon after a switch or a save has begun.
 
     Args:
         rng: seeded.
@@ -63,10 +70,15 @@ def draw_shots(rng: random.Random, ranks: int, events: int, seconds: float) -> I
     while True:
         for victim in rng.sample(VICTIMS, len(VICTIMS)):
             rank = rng.randrange(ranks)
-            if rng.random() < 0.6:
+            kind = rng.random()
+            if kind < 0.5:
                 yield Shot(victim, rank, events=rng.randint(1, events))
-            else:
+            elif kind < 0.7:
                 yield Shot(victim, rank, seconds=rng.uniform(0.0, seconds))
+            else:
+                yield Shot(
+                    victim, rank, seconds=rng.uniform(0.0, _SOON), since=rng.choice(("switch", "switch", "save"))
+                )
 
 
 def _phase() -> str:
@@ -131,16 +143,39 @@ def train_under_fire(overrides: list[str], run_dir: str, shot: Shot, told: str, 
             if mine and shot.events and touched == shot.events:
                 fire()
 
-    sys.addaudithook(hear)
-    if mine and shot.seconds:
+    def count_down() -> None:
         timer = threading.Timer(shot.seconds, fire)
         timer.daemon = True
         timer.start()
+
+    sys.addaudithook(hear)
+    if mine and shot.since:
+        _at_the_first(shot.since, count_down)
+    elif mine and shot.seconds:
+        count_down()
     began = time.perf_counter()
     reason = train_here(overrides, report=report)
     # What comes later would hit the agent's own end.
     once.acquire(blocking=False)
     return Survived(reason, touched, time.perf_counter() - began)
+
+
+def _at_the_first(act: str, then: Callable[[], None]) -> None:
+    """Call something when this process first comes to a switch or a save."""
+    from train import expansion
+    from train.persistence import Persistence
+
+    owner, name = {"switch": (expansion, "through_memory"), "save": (Persistence, "_begin")}[act]
+    original, waiting = getattr(owner, name), [True]
+
+    @functools.wraps(original)
+    def watched(*args: Any, **options: Any) -> Any:
+        if waiting:
+            waiting.clear()
+            then()
+        return original(*args, **options)
+
+    setattr(owner, name, watched)
 
 
 def newest_step(run_dir: Path) -> int:
