@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.footprint import checkpoint_bytes
-from launch.network import count, network_chunks
 from launch.plan import vocabulary
 from launch.plan_tables import size
+from model.network import count, network_chunks
 from parallel.errors import CoppiceError, DataError
 from train.config import RunSettings
 

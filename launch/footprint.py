@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from launch.network import Chunk, gated, head_widths, network_chunks
 from model.config import ModelConfig, padded_vocab_size
+from model.network import Chunk, gated, head_widths, network_chunks
 from parallel.cluster import STATE_BYTES, Coordinates, LogicalTensor, coordinates, round_up
 from parallel.config import ParallelConfig
 from train.config import RunSettings

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from launch.network import Chunk, network_chunks
+from model.network import Chunk, network_chunks
 from parallel.cluster import LogicalTensor, describe_rank, round_up
 from parallel.config import ParallelConfig
 from parallel.reshard_plan import Holding, plan_key

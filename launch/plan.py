@@ -1,7 +1,7 @@
 """Says what a run would need before it is started: parameters, memory per rank, traffic at switches, checkpoints, FLOPs.
 
 `python -m launch plan --processes 1024 --gpu-memory-gib 80 model=deepseek_v3 ...` takes the settings of a run and needs
-neither GPU nor cluster nor corpus. All of it is arithmetic (`launch/network.py`, `launch/footprint.py`) and the planner of
+neither GPU nor cluster nor corpus. All of it is arithmetic (`model/network.py`, `launch/footprint.py`) and the planner of
 the live switch (`launch/moves.py`); formulas and sources are in docs/planning.md.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 from launch.footprint import SWITCH_BOUND, Footprint, checkpoint_bytes, footprint, switch_memory
 from launch.moves import Links, Traffic, switch_traffic
-from launch.network import count, flops_per_token
 from launch.plan_tables import as_text, spans
 from model.config import padded_vocab_size
+from model.network import count, flops_per_token
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError, DataError
 from train.config import RunSettings

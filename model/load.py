@@ -5,6 +5,7 @@ load / sum of loads. Even routing has every share at 1/E.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ class ExpertLoad:
         self._counts_LE = torch.zeros(len(layer_numbers), max(1, num_experts), dtype=torch.int64, device=device)
         self._parts = parts
         self._hooks: list[Any] = []
+        # Sum over tokens of the entropy of the router's scores / log E, and the tokens, per layer.
+        self._entropy_2L = torch.zeros(2, len(layer_numbers), dtype=torch.float64, device=device)
+        self._watches = False
         self.attach()
 
     def attach(self) -> None:
@@ -42,12 +46,41 @@ class ExpertLoad:
 
     def _hook(self, row: int) -> Any:
         def count(module: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            del inputs
             # Evaluation must not mix into the load of training; recomputation counts twice, which leaves shares alone.
             if module.training:
                 self._counts_LE[row] += outputs[1].sum(dim=0)
+                if self._watches:
+                    self._add_entropy(row, module, inputs[0])
 
         return count
+
+    def watch_router(self, on: bool) -> None:
+        """Measure the entropy of the router's scores from now on, or no longer; what was measured is forgotten."""
+        self._watches = on
+        self._entropy_2L.zero_()
+
+    @torch.no_grad()
+    def _add_entropy(self, row: int, router: Any, hidden: torch.Tensor) -> None:
+        """Count the tokens of a forward pass.
+
+        Args:
+            row: of the layer.
+            router: mcore's router.
+            hidden: its input, [S, B, H].
+        """
+        logits_TE = router.gating(hidden).float().flatten(0, -2)
+        if router.score_function == "softmax":
+            scores_TE = logits_TE.softmax(dim=-1)
+        else:
+            scores_TE = logits_TE.sigmoid()
+            scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        entropy_T = torch.special.entr(scores_TE).sum(dim=-1)
+        self._entropy_2L[0, row] += entropy_T.double().sum() / math.log(scores_TE.shape[1])
+        self._entropy_2L[1, row] += len(entropy_T)
+
+    def router_entropy(self) -> torch.Tensor:
+        """This rank's sums since `watch_router`, [2, L] fp64: of the entropy / log E over tokens, and of the tokens."""
+        return self._entropy_2L.clone()
 
     def take(self, layout: Layout) -> torch.Tensor:
         """Share of each expert since the last call, [L, E] fp64 on the CPU, rows summing to 1; equal on all ranks."""
@@ -77,18 +110,23 @@ def restored_counters(parts: list[MoEPart]) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def load_figures(share_LE: torch.Tensor, parents: Sequence[Sequence[int]] | None = None) -> dict[str, float]:
+def load_figures(
+    share_LE: torch.Tensor, top_k: int, parents: Sequence[Sequence[int]] | None = None
+) -> dict[str, float]:
     """The bounded figures of a load matrix.
 
     Args:
         share_LE: [L, E] shares, rows summing to 1.
+        top_k: experts chosen per token.
         parents: [L][E] parent of each expert at the last expansion; None before any.
 
     Returns:
         `expert_load_max` and `expert_load_min`: largest and smallest share over its even share (neutral 1);
+        `expert_load_p10`, `_p50`, `_p90`: percentiles of the same over experts and layers;
+        `expert_load_top` and `expert_load_bottom`: mean of the top_k largest (smallest) of a layer, mean over layers;
         `expert_load_entropy`: mean over layers of entropy / log E (1 is even); `dead_experts`: (layer, expert) pairs
         without a token; after an expansion also `dead_replicas`: those of them that have a sibling (neutral 0), and
-        `family_load_max`: largest share of a family over 1 / families.
+        `family_load_max`, `family_load_min`: largest and smallest share of a family over 1 / families.
     """
     if share_LE.numel() == 0:
         return {}
@@ -98,15 +136,22 @@ def load_figures(share_LE: torch.Tensor, parents: Sequence[Sequence[int]] | None
     if parents is not None:
         parents_LE = torch.tensor(parents)
         families_LE = torch.zeros_like(share_LE).scatter_add(1, parents_LE, share_LE)
+        families = int(parents_LE.max()) + 1
         sizes_LE = torch.zeros_like(parents_LE).scatter_add(1, parents_LE, torch.ones_like(parents_LE))
         of_families = {
             "dead_replicas": int((dead_LE & (sizes_LE.gather(1, parents_LE) > 1)).sum()),
-            "family_load_max": (families_LE.max() * (int(parents_LE.max()) + 1)).item(),
+            "family_load_max": (families_LE.max() * families).item(),
+            "family_load_min": (families_LE[:, :families].min() * families).item(),
         }
+    sorted_LE = share_LE.sort(dim=1).values * experts
+    percentiles = torch.quantile(sorted_LE.flatten(), torch.tensor([0.1, 0.5, 0.9], dtype=share_LE.dtype)).tolist()
     entropy_L = -(share_LE * share_LE.clamp(min=1e-30).log()).sum(dim=1)
     return {
         "expert_load_max": (share_LE.max() * experts).item(),
         "expert_load_min": (share_LE.min() * experts).item(),
+        **dict(zip(("expert_load_p10", "expert_load_p50", "expert_load_p90"), percentiles, strict=True)),
+        "expert_load_top": sorted_LE[:, -top_k:].mean().item(),
+        "expert_load_bottom": sorted_LE[:, :top_k].mean().item(),
         "expert_load_entropy": (entropy_L.mean() / torch.log(torch.tensor(float(experts)))).item(),
         "dead_experts": int(dead_LE.sum()),
         **of_families,

@@ -1,5 +1,6 @@
 """What a run writes down about each step; definitions are in docs/report.md."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,10 @@ def record_step(run: "Run", figures: Mapping[str, float], seconds: float, share_
         "num_experts": stage.num_experts,
         "tokens": run.tokens,
         **figures,
+        "perplexity": math.exp(min(figures["lm_loss"], 700.0)),
         "step_seconds": seconds,
         "tokens_per_second": run.settings.tokens_per_step() / seconds,
-        **load_figures(share_LE, run.parents()),
+        **load_figures(share_LE, run.settings.model.top_k, run.parents()),
     }
     every = run.settings.run
     if run.layout.rank == 0:

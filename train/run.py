@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from model.build import count_parameters, experts_kind, transformer_config
-from model.divergence import sibling_divergence
+from model.divergence import Siblings
 from model.family_routing import set_release
 from parallel.compat import versions
 from parallel.errors import ConfigError, CoppiceError, DataError
@@ -28,6 +28,7 @@ from train.data import DataStream, shares_of
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
 from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
+from train.observation import Observer
 from train.persistence import Persistence
 from train.record import record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
@@ -97,6 +98,8 @@ class Run:
         self.owes_evaluation = False
         # What could not be written on this rank since the last step.
         self._unwritten: CoppiceError | None = None
+        # What measures the steps of a stage.
+        self._observer: tuple[Stage, Observer] | None = None
         # Step and stage of the last evaluation, and its loss.
         self._evaluated: tuple[int, int, float] | None = None
         self.tracker: Tracker = Tracker()
@@ -345,16 +348,19 @@ class Run:
         """Train one step and record it; True if any rank was asked to stop."""
         self.watchdog.begin(f"step {self.step + 1}")
         began = time.perf_counter()
+        observer = self._observe()
+        observer.begin(self.step + 1)
         batch = self.settings.data.global_batch_size
         self.samples = beyond(self.samples, batch, self.skipped_data)
-        batches = self.data.train(self.samples)
+        with observer.clock.part("data"):
+            batches = self.data.train(self.samples)
         learning_rate, released = self.stage.optimizer.param_groups[0]["lr"], self._let_go()
         rate = self.settings.model.bias_update_rate
         # mcore reads it from the model's configuration when it moves the biases at the end of a step.
         self.stage.chunks[0].config.moe_router_bias_update_rate = rate * self.settings.upcycle.bias_rate_factor(
             self.stage.number, self.step
         )
-        loss, grad_norm, made = optimizer_step(self.stage, self.layout, batches)
+        loss, grad_norm, made = optimizer_step(self.stage, self.layout, batches, observer.clock)
         share_LE = self.stage.load.take(self.layout)
         flags = [self.stop.wanted(), self._unwritten is not None, self._request_waits(), self.persistence.writing()]
         sums = self.layout.sum_over_world(torch.cat([loss[None], torch.tensor(flags, device=loss.device).double()]))
@@ -365,11 +371,18 @@ class Run:
         self.samples += batch
         mean = total / (self.data.micro_batches * self.layout.data_size)
         figures = {"lm_loss": mean, "grad_norm": grad_norm, "learning_rate": learning_rate, "released": released}
-        record_step(self, figures, time.perf_counter() - began, share_LE)
+        seconds = time.perf_counter() - began
+        record_step(self, figures | observer.figures(self.step, seconds, grad_norm), seconds, share_LE)
         if failed:
             raise self._unwritten or _quiet(DataError("run.dir cannot be written on rank 0"))
         attend(self, self.health.judge(self.settings.health, self.step, mean, made, seen), seen)
         return stopping > 0
+
+    def _observe(self) -> Observer:
+        """What measures the steps of the stage that trains."""
+        if self._observer is None or self._observer[0] is not self.stage:
+            self._observer = (self.stage, Observer(self.settings, self.stage, self.layout, self.vocab_size))
+        return self._observer[1]
 
     @property
     def tokens(self) -> int:
@@ -423,9 +436,9 @@ class Run:
             loss = evaluate(self.stage, self.layout, self.data, config.batches, self.stop, self.watchdog.tick)
         self.owes_evaluation = False
         parents = dict(zip(self.stage.load.layer_numbers, self.parents() or (), strict=False))
-        divergence = sibling_divergence(self.stage.chunks, self.layout, parents)
+        siblings = Siblings(self.stage.chunks, self.layout, parents).figures(self.stage.optimizer)
         tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
-        self.event("evaluation", valid_loss=loss, tokens=tokens, sibling_divergence=divergence)
+        self.event("evaluation", valid_loss=loss, tokens=tokens, **siblings)
         self.tracker.log(self.step, {"valid_loss": loss})
         self.console.say(f"step {self.step}: validation loss {loss:.4f}")
         self._evaluated = (self.step, self.stage.number, loss)

@@ -12,6 +12,7 @@ from parallel.layout import Layout
 from train.data import Batch, for_this_context_rank
 from train.signals import StopRequest
 from train.stage import Stage
+from train.step_clock import StepClock
 
 
 def _loss(mask: torch.Tensor, layout: Layout, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -66,22 +67,27 @@ def run_micro_batches(stage: Stage, layout: Layout, batches: list[Batch], *, for
     return total
 
 
-def optimizer_step(stage: Stage, layout: Layout, batches: list[Batch]) -> tuple[torch.Tensor, float, bool]:
+def optimizer_step(
+    stage: Stage, layout: Layout, batches: list[Batch], clock: StepClock
+) -> tuple[torch.Tensor, float, bool]:
     """One step of training; where loss or gradient are not finite on any rank, nothing is updated on all.
 
     Returns:
         The rank's share of the loss (see `run_micro_batches`), the global gradient norm before clipping (NaN for a step
         that was skipped), and whether the step was made.
     """
-    for chunk in stage.wrapped:
-        chunk.zero_grad_buffer()
-    stage.optimizer.zero_grad()
-    loss = run_micro_batches(stage, layout, batches, forward_only=False)
+    with clock.part("optimizer"):
+        for chunk in stage.wrapped:
+            chunk.zero_grad_buffer()
+        stage.optimizer.zero_grad()
+    with clock.part("forward_backward"):
+        loss = run_micro_batches(stage, layout, batches, forward_only=False)
     bad = layout.sum_over_world(1.0 - _finite(stage, loss).double())
     if bad.item():
         return loss, float("nan"), False
-    _, grad_norm, _ = stage.optimizer.step()
-    stage.scheduler.step(increment=1)
+    with clock.part("optimizer"):
+        _, grad_norm, _ = stage.optimizer.step()
+        stage.scheduler.step(increment=1)
     return loss, float(grad_norm or 0.0), True
 
 

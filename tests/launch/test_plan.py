@@ -14,10 +14,10 @@ import pytest
 from launch.__main__ import main
 from launch.footprint import buffer_of, checkpoint_bytes, footprint
 from launch.moves import Links, Traffic, switch_traffic
-from launch.network import count, flops_per_token, network_chunks
 from launch.plan import make_plan, settings_without_corpus
 from launch.plan_tables import spans
 from model.config import ModelConfig, padded_vocab_size
+from model.network import count, flops_per_token, network_chunks
 from parallel.cluster import describe_rank
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError, DataError
@@ -75,6 +75,7 @@ def _measure(overrides: list[str]) -> list[dict[str, int]]:
     from train.settings import load_settings
     from train.stage import build_stage
     from train.step import optimizer_step
+    from train.step_clock import StepClock
 
     def storages(tensors: list[Any]) -> dict[int, int]:
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -90,7 +91,7 @@ def _measure(overrides: list[str]) -> list[dict[str, int]]:
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape),
                  "position_ids": torch.arange(shape[1]).expand(shape)}  # fmt: skip
         micro = settings.data.global_batch_size // (shape[0] * layout.data_size)
-        assert optimizer_step(stage, layout, [batch] * micro)[2]
+        assert optimizer_step(stage, layout, [batch] * micro, StepClock(layout.device))[2]
         weights = storages([t for c in stage.chunks for t in (*c.parameters(), *c.buffers())])
         buffers = [b for c in stage.wrapped for b in (*c.buffers, *c.expert_parallel_buffers)]
         views = list(optimizer_views(stage.optimizer))

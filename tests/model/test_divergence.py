@@ -17,7 +17,7 @@ def _divergence(turned: dict[int, float]) -> Any:
     """Divergence of a model whose experts equal their parents, except some, turned by an angle."""
     from model.build import build_chunks, expert_rows, moe_parts
     from model.config import ModelConfig
-    from model.divergence import sibling_divergence
+    from model.divergence import Siblings
     from parallel.config import ParallelConfig
     from parallel.layout import Layout
 
@@ -32,8 +32,8 @@ def _divergence(turned: dict[int, float]) -> Any:
             for i in range(count):
                 parent, angle = PARENTS[first + i], torch.tensor(turned.get(first + i, 0.0))
                 rows[i] = (1 + parent) * torch.where(half, torch.cos(angle), torch.sin(angle))
-    found = sibling_divergence(chunks, layout, {1: PARENTS})
-    assert sibling_divergence(chunks, layout, {1: list(range(len(PARENTS)))}) is None
+    found = Siblings(chunks, layout, {1: PARENTS}).weights()
+    assert Siblings(chunks, layout, {1: list(range(len(PARENTS)))}).weights() is None
     return found
 
 

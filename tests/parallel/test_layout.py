@@ -34,6 +34,7 @@ def _step(layout: Layout) -> float:
     from train.settings import load_settings
     from train.stage import build_stage
     from train.step import optimizer_step
+    from train.step_clock import StepClock
 
     settings = load_settings([*SMALL, "data.corpus=none", "upcycle.stages=[]"], layout.world_size)
     stage = build_stage(settings, 0, layout, 256)
@@ -45,7 +46,7 @@ def _step(layout: Layout) -> float:
         "loss_mask": torch.ones(2, 32),
         "position_ids": torch.arange(32).expand(2, -1).contiguous(),
     }
-    _, norm, made = optimizer_step(stage, layout, [batch, batch])
+    _, norm, made = optimizer_step(stage, layout, [batch, batch], StepClock(layout.device))
     assert made
     stage.release()
     return norm
