@@ -73,6 +73,7 @@ bench: setup corpus  ## benchmarks/: every measured claim, side by side (about h
 	$(BIN)/python benchmarks/live_switch.py
 	$(BIN)/python benchmarks/simulated_switch.py
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/observation.py
 
 study-small: setup corpus  ## fixed E, grown, and fixed mE at the same tokens: gap closure and jumps (about 25 minutes)
 	$(BIN)/python benchmarks/study_small.py
