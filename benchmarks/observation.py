@@ -122,7 +122,8 @@ def rank_main(model: str, pairs: int) -> None:
                 times_of[side].append(seconds / block)
     if run.layout.rank == 0:
         print("RESULT " + json.dumps({
-            "share_inside": statistics.median(shares), "shares_inside": shares, "cpu_share_inside": statistics.median(cpu_shares),
+            "share_inside": statistics.median(shares), "shares_inside": shares,
+            "cpu_share_inside": statistics.median(cpu_shares),
             "ratio": statistics.median(ratios), "ratios": ratios,
             "seconds": {side: statistics.median(times) for side, times in times_of.items()},
             "processes": processes, "model": model, "block": block, "versions": versions(),
@@ -156,9 +157,12 @@ def main() -> None:
     _RESULT.parent.mkdir(exist_ok=True)
     _RESULT.write_text(json.dumps(result, indent=1) + "\n")
     quartiles = statistics.quantiles(result["ratios"], n=4)
-    print(f"observation takes {result['share_inside']:.2%} of a step of {result['seconds']['observed'] * 1e3:.0f} ms inside "
-          f"its functions ({result['cpu_share_inside']:.2%} without waiting); blocks with it over blocks without {result['ratio']:.3f} (quartiles {quartiles[0]:.3f} to "
-          f"{quartiles[2]:.3f}, {arguments.pairs} pairs); {result['machine']}")  # fmt: skip
+    ratio = f"{result['ratio']:.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, {arguments.pairs} pairs)"
+    print(
+        f"observation takes {result['share_inside']:.2%} of a step of {result['seconds']['observed'] * 1e3:.0f} ms inside "
+        f"its functions ({result['cpu_share_inside']:.2%} without waiting); blocks with it over blocks without {ratio}; "
+        f"{result['machine']}"
+    )
 
 
 if __name__ == "__main__":
