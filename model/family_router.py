@@ -69,13 +69,6 @@ class FamilyRouter(TopKRouter):
         self._share_M = None if even else torch.tensor(shares, device=self.weight.device)
         self._largest_share = max(shares) * experts
 
-    def _maintain_float32_expert_bias(self) -> None:
-        """Keep the counters of balancing in fp32 too: bf16, which Float16Module makes of them, cannot count to 257."""
-        super()._maintain_float32_expert_bias()
-        counts = self.local_tokens_per_expert
-        if counts is not None and counts.dtype != torch.float32:
-            counts.data = counts.data.float()
-
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

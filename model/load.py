@@ -99,6 +99,18 @@ class ExpertLoad:
         self._hooks = []
 
 
+def count_exactly(parts: list[MoEPart]) -> None:
+    """Keep the counters of loss-free balancing in fp32, after Float16Module has made bf16 of them.
+
+    mcore adds each micro-batch's tokens to them and sums them over ranks. bf16 counts to 256: above it small numbers of
+    tokens are rounded, and in the end lost, and the bias moves by what is left. The update rate is rounded as well.
+    """
+    for part in parts:
+        counts = part.layer.router.local_tokens_per_expert
+        if counts is not None:
+            counts.data = counts.data.float()
+
+
 @contextlib.contextmanager
 def restored_counters(parts: list[MoEPart]) -> Iterator[None]:
     """Put the routers' buffers back after a block: looking must leave load balancing as it was."""

@@ -21,7 +21,7 @@ from megatron.core.transformer.module import Float16Module
 
 from model.build import MoEPart, build_chunks, moe_parts
 from model.family_routing import install_family_routing
-from model.load import ExpertLoad
+from model.load import ExpertLoad, count_exactly
 from parallel.compat import forget_models
 from parallel.layout import Layout
 from parallel.optimizer_state import use_fused_update
@@ -147,6 +147,7 @@ def build_stage(
         )
         for index, chunk in enumerate(chunks)
     ]
+    count_exactly(moe_parts(chunks))
     if not blank:
         for chunk in wrapped:
             chunk.broadcast_params()

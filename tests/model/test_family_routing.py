@@ -79,10 +79,14 @@ def test_function_is_unchanged_at_the_switch(variant: str) -> None:
 def _in_bf16() -> tuple[float, list[float]]:
     from megatron.core.transformer.module import Float16Module
 
+    from model.build import moe_parts
+    from model.load import count_exactly
+
     config, layout = model_config(**LOSS_FREE), layout_of()
     small = build(config, layout, precision="bf16")
     large = build_grown(config, layout, FAMILIES["twice"], precision="bf16")
     logits = [Float16Module(chunks[0].config, chunks[0]) for chunks in (small, large)]
+    count_exactly(moe_parts(large))
     with torch.no_grad():
         distance = relative_error(forward([logits[1]]), forward([logits[0]]))
     for _ in range(40):
