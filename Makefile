@@ -7,12 +7,14 @@ PIP_ARGS ?=
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.ready
 RUN      ?= runs/demo
+# A GPU machine brings its own torch.
+GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,python3)
 # The 3.12 environment of `make test-latest`.
 PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup corpus demo test test-slow test-slurm test-faults test-latest check bench study-small report clean
+.PHONY: help setup corpus demo test test-slow test-slurm test-faults test-latest check bench gpu-check study-small report clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -74,6 +76,9 @@ bench: setup corpus  ## benchmarks/: every measured claim, side by side (about h
 	$(BIN)/python benchmarks/simulated_switch.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/observation.py
+
+gpu-check: ## verify and measure on this machine's GPU everything that lacks a GPU figure (under 8 minutes; GPU_PYTHON=python3 by default)
+	$(GPU_PYTHON) benchmarks/gpu_check.py
 
 study-small: setup corpus  ## fixed E, grown, and fixed mE at the same tokens: gap closure and jumps (about 25 minutes)
 	$(BIN)/python benchmarks/study_small.py

@@ -21,6 +21,9 @@ from train.step_clock import PARTS, StepClock
 class Observer:
     """Measures the steps of one stage.
 
+    Attributes:
+        step_flops: model FLOPs of one step over all ranks.
+
     Args:
         settings: of the run.
         stage: the stage; it is watched from now on.
@@ -35,7 +38,7 @@ class Observer:
         network = network_chunks(settings.model, stage.num_experts, ParallelConfig(), vocab_size, itemsize=2)
         length = settings.data.sequence_length
         per_token = flops_per_token(settings.model, stage.num_experts, network, length)
-        self._flops = per_token * settings.tokens_per_step()
+        self.step_flops = per_token * settings.tokens_per_step()
         # Known for bf16 products alone.
         self._peak = device_peak(layout.device) if settings.run.precision == "bf16" else None
         for part in stage.moe_parts():
@@ -61,8 +64,8 @@ class Observer:
         """
         taken = self.clock.take()
         found: dict[str, float | None] = {f"{part}_seconds": taken[part] for part in PARTS if part in taken}
-        rate = self._flops / seconds / self._layout.world_size / 1e12
-        found |= {"step_flops": float(self._flops), "tflops_per_device": rate}
+        rate = self.step_flops / seconds / self._layout.world_size / 1e12
+        found |= {"step_flops": float(self.step_flops), "tflops_per_device": rate}
         found["mfu"] = rate / self._peak if self._peak else None
         return found | (self._whole(grad_norm) if self.due(step) else {})
 

@@ -1,0 +1,72 @@
+"""Rows of the result, and what the sections share."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def row(
+    name: str, value: Any, unit: str = "", *, goal: str = "", met: bool | None = None, check: bool = False
+) -> dict[str, Any]:
+    """A figure.
+
+    Args:
+        name: what was measured, shape included.
+        value: number or text.
+        unit: of the number.
+        goal: in words; none for a plain figure.
+        met: whether the goal is met.
+        check: whether missing the goal is an error and not a wish.
+    """
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": met, "check": check}
+
+
+def print_row(found: dict[str, Any]) -> None:
+    """Hand a row to the process that collects them."""
+    print("ROW " + json.dumps(found), flush=True)
+
+
+def device() -> torch.device:
+    """Where to measure."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(function: Callable[[], Any], repeats: int, warm_up: int = 2) -> float:
+    """Median seconds of a call, the device waited for each time."""
+    times = []
+    for i in range(warm_up + repeats):
+        synchronize()
+        began = time.perf_counter()
+        function()
+        synchronize()
+        if i >= warm_up:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def matmul_ceiling(size: int) -> float:
+    """TFLOP/s of a square bf16 product on random data: what a matrix product can reach here."""
+    a, b = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, 10) / 1e12
+
+
+def corpus(folder: Path) -> Path:
+    """A small corpus of this repository's own sources, byte tokens."""
+    from train.corpus import CorpusRequest, build_corpus
+
+    root = Path(__file__).resolve().parents[2]
+    inputs = tuple(str(root / name) for name in ("train", "model", "docs"))
+    request = CorpusRequest(inputs=inputs, output=str(folder / "corpus"), validation_fraction=0.2)
+    build_corpus(request, say=lambda line: None)
+    return folder / "corpus"
