@@ -60,9 +60,8 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
                 run_dir = folder / f"{network.split(',')[0]}-{kind}"
                 try:
                     for found in _measured(f"{network}, {kind}", overrides, kind, prefix, run_dir, small):
-                        tokens_per_second[kind] = (
-                            found["value"] if found["unit"] == "tokens/s" else tokens_per_second.get(kind, 0)
-                        )
+                        if found["unit"] == "tokens/s":
+                            tokens_per_second[kind] = found["value"]
                         yield found
                 except torch.OutOfMemoryError as e:
                     yield row(f"{network}, {kind}", f"out of memory: {str(e).splitlines()[0]}")
