@@ -159,7 +159,7 @@ _MEANINGS = {
         "Ordinary checkpoints kept. Those before and right after an expansion are kept for ever. null keeps all."
     ),
     "checkpoint.save_final": "Save at the normal end of the run. Stops and expansions are saved in any case.",
-    "tracking.project": "Project the run appears under.",
+    "tracking.project": "Project the run appears under at W&B.",
     "upcycle.stages": "The stages after the first, in order; see below.",
     "upcycle.guard": "Watches the validation loss after an expansion (docs/upcycling.md).",
     "upcycle.stages[].factor": "New number of experts as a multiple of the one before. Give this or `num_experts`.",

@@ -33,6 +33,8 @@ class RunConfig:
     stop_at_step: int | None = None
     # A progress line every so many steps.
     log_interval_steps: int = 10
+    # What a terminal shows: a live panel or lines. auto: lines on SLURM and in CI; no terminal gets a panel it cannot show.
+    console: str = "auto"
     # A row of per-expert load (the heat map of the report) every so many steps.
     load_interval_steps: int = 5
 
@@ -46,6 +48,7 @@ class RunConfig:
             positive(f"run.{key}", getattr(self, key))
         positive("run.seed", self.seed, zero=True)
         one_of("run.precision", self.precision, ("bf16", "fp32"))
+        one_of("run.console", self.console, ("auto", "panel", "plain"))
         if not self.dir:
             raise ConfigError("run.dir is empty: name a folder for the run")
 
@@ -266,14 +269,14 @@ class HealthConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases. JSONL in run.dir is the source of truth; the run never waits for a tracker."""
+    """Charts of a run (docs/tracking.md). JSONL in run.dir is the source of truth; the run never waits for a tracker."""
 
-    # none or wandb.
+    # Weights & Biases, TensorBoard event files under run.dir, or nothing.
     backend: str = "wandb"
-    # offline (files under run.dir), or online.
+    # Of W&B: offline (files under run.dir), or online.
     mode: str = "offline"
     project: str = "coppice"
-    # Display name; null takes the name of run.dir.
+    # Display name at W&B; null takes the name of run.dir.
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -282,7 +285,7 @@ class TrackingConfig:
         Raises:
             ConfigError: naming the key and the value.
         """
-        one_of("tracking.backend", self.backend, ("none", "wandb"))
+        one_of("tracking.backend", self.backend, ("none", "wandb", "tensorboard"))
         one_of("tracking.mode", self.mode, ("offline", "online"))
 
 

@@ -1,18 +1,64 @@
-"""What a run prints: derived numbers at the start, progress lines, on rank 0 only."""
+"""What a run prints, on rank 0 only: derived numbers at the start, then progress lines, or a live panel on a terminal."""
 
+import os
+import sys
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from train.config import RunSettings
+from train.config import RunConfig, RunSettings
+
+if TYPE_CHECKING:
+    from train.panel import Panel
+
+
+def wants_panel(choice: str, environment: Mapping[str, str]) -> bool:
+    """Whether standard output of this process is to get a panel.
+
+    Args:
+        choice: `run.console`.
+        environment: what says that nobody watches: a SLURM job, a CI job.
+    """
+    if choice == "plain" or not sys.stdout.isatty():
+        return False
+    if environment.get("TERM", "dumb") in ("dumb", "unknown"):
+        # It would print the codes that move a cursor.
+        return False
+    return choice == "panel" or not (environment.get("SLURM_JOB_ID") or environment.get("CI"))
 
 
 class Console:
-    """Plain lines on standard output of rank 0."""
+    """Standard output of rank 0: lines, above a panel where there is one.
 
-    def __init__(self, rank: int, steps: int) -> None:
+    Args:
+        rank: of this process.
+        config: the `run` group.
+    """
+
+    def __init__(self, rank: int, config: RunConfig) -> None:
         self._quiet = rank != 0
-        self._steps = steps
+        self._config, self._steps = config, config.steps
         self._mark: tuple[int, float] | None = None
+        self._panel: Panel | None = None
+
+    def open_panel(self, doing: Callable[[], str]) -> None:
+        """Show a panel from here on, if this terminal is to have one; `doing` says what goes on."""
+        if not self._quiet and wants_panel(self._config.console, os.environ):
+            # Only where it is drawn.
+            from train.panel import Panel
+
+            self._panel = Panel(sys.stdout, self._config.dir, doing)
+
+    def close(self) -> None:
+        """Give the terminal back; what is said from here on are lines alone. May be called again, by any thread."""
+        panel, self._panel = self._panel, None
+        if panel is not None:
+            panel.close()
+
+    def observe(self, figures: Mapping[str, Any], settings: RunSettings | None = None) -> None:
+        """Leave figures for the panel; those of a step come with the settings of the run."""
+        if self._panel is not None:
+            self._panel.show(figures, settings)
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -59,7 +105,9 @@ class Console:
             )
 
     def progress(self, record: dict[str, Any], next_event: str) -> None:
-        """Print one line about a step, with the time left at the pace since the last line."""
+        """Print one line about a step, with the time left at the pace since the last line; a panel says it already."""
+        if self._panel is not None and not self._panel.hidden:
+            return
         now, step = time.monotonic(), record["step"]
         left = ""
         if self._mark is not None and step > self._mark[0]:

@@ -118,8 +118,10 @@ def _announce(
     change = (
         "" if before_loss is None or after_loss is None else f", validation loss {before_loss:.4f} -> {after_loss:.4f}"
     )
-    run.tracker.log(run.step, {"expansion_experts": plan.experts_after, "expansion_pause_seconds": pause})
-    run.tracker.keep(_plan_file(run, plan), "expansion-plan")
+    told = {"from_experts": plan.experts_before, "to_experts": plan.experts_after, "pause_seconds": pause}
+    losses = {"valid_loss_before": before_loss, "valid_loss_after": after_loss}
+    run.tracker.expansion(run.step, run.stage.number, {**told, **losses})
+    run.tracker.keep(run.step, _plan_file(run, plan), "expansion-plan")
     what = f"expanded {plan.experts_before} -> {plan.experts_after} experts" if grown else "changed the layout"
     run.console.say(f"{what} in {pause:.1f} s, verified{change}")
     if stopping:

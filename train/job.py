@@ -10,6 +10,7 @@ from train.data import open_corpora
 from train.run import Run
 from train.signals import StopRequest
 from train.status import tell_failed_start, tell_failure
+from train.tracking import refuse_missing
 
 
 def run_settings(settings: RunSettings) -> str:
@@ -26,6 +27,7 @@ def run_settings(settings: RunSettings) -> str:
     Raises:
         CoppiceError: for anything a user can mend.
     """
+    refuse_missing(settings.tracking)
     corpora = open_corpora(settings.data)
     joined = join_job(settings.parallel.timeout_seconds)
     try:

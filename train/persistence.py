@@ -218,7 +218,7 @@ class Persistence:
         with self.layout.together("going on with the files of run.dir"):
             if self.layout.rank == 0:
                 run.files.truncate_after(manifest.step)
-                run.tracker.repeat(run.files.repeated_steps())
+                run.tracker.go_back(manifest.step, run.files.repeated_steps())
                 self.folder.set_aside_after(path)
                 for plan in manifest.plans:
                     run.files.plans.joinpath(f"step-{plan['step']:08d}.json").write_text(json.dumps(plan))

@@ -47,6 +47,7 @@ def record_step(run: "Run", figures: Mapping[str, float], seconds: float, share_
             }
             run.write(lambda: run.files.append_expert_load(row))
     run.tracker.log(run.step, record)
+    run.console.observe(record, run.settings)
     if run.step % every.log_interval_steps == 0 or run.step == 1:
         run.console.progress(record, run.next_event())
         tell_status(run, "running")

@@ -3,15 +3,26 @@
 Legend of shape suffixes: R recorded steps, E experts of one stage.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.report_data import RunRecord
+from train.report_data import RunRecord, load_run
 from train.report_load import Bands, LoadHistory, family_bands, plan_parents
-from train.report_plot import Canvas, new_figure, step_ticks
+from train.report_plot import WIDE, Canvas, new_figure, render, step_ticks
 
 MAX_LAYERS = 4
+
+
+def load_map_png(run_dir: Path) -> bytes | None:
+    """The map of a run so far as PNG; None where nothing of it was recorded.
+
+    Raises:
+        DataError: as `load_run`.
+    """
+    record = load_run(run_dir)
+    return render(record, WIDE, draw_load_map) if record.loads else None
 
 
 def draw_load_map(record: RunRecord, canvas: Canvas) -> Any:

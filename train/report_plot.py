@@ -6,6 +6,7 @@ style, marker or lightness as well as by colour: the page survives a black-and-w
 """
 
 import io
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,8 @@ DPI = 180
 MAX_POINTS, BINS = 2400, 800
 # The smoothing window as a share of the run, and its longest in steps.
 SMOOTH_SHARE, SMOOTH_STEPS = 0.02, 2000
+# matplotlib's settings are one set per process; a tracker draws on a thread of its own.
+_STYLE_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def render(record: RunRecord, canvas: Canvas, draw: Callable[[RunRecord, Canvas]
         canvas: the page to draw for.
         draw: makes the matplotlib figure.
     """
-    with matplotlib.rc_context():
+    with _STYLE_LOCK, matplotlib.rc_context():
         # A user's matplotlibrc must not change a report.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

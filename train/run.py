@@ -67,7 +67,7 @@ class Run:
         self.corpora = corpora
         self.vocab_size: int = corpora[0][1].vocab_size
         self.files = RunFiles(settings.run.dir)
-        self.console = Console(layout.rank, settings.run.steps)
+        self.console = Console(layout.rank, settings.run)
         self.step = 0
         self.samples = 0
         self.plans: list[dict[str, Any]] = []
@@ -135,6 +135,7 @@ class Run:
             manifest.tracker_id if manifest else None,
             settings_to_dict(settings),
             layout.rank,
+            run.step,
         )
         run._announce(source, manifest)
         run.persistence.check_space()
@@ -315,6 +316,7 @@ class Run:
             Why it ended: finished, stop_at_step or requested.
         """
         run = self.settings.run
+        self.console.open_panel(lambda: self.watchdog.doing)
         try:
             self.stop.raise_if_agreed(self.layout)
             if self.owes_evaluation or (self.guard is not None and not self.guard.losses):
@@ -418,6 +420,7 @@ class Run:
         interval = self.settings.evaluation.interval_steps
         if self.step == self.settings.run.steps or (interval and self.step % interval == 0):
             self.evaluate()
+            self.tracker.draw_load(self.step)
 
     def evaluate(self) -> float | None:
         """Validation loss now, recorded with the divergence of siblings; None without held-out text.
@@ -440,6 +443,7 @@ class Run:
         tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
         self.event("evaluation", valid_loss=loss, tokens=tokens, **siblings)
         self.tracker.log(self.step, {"valid_loss": loss})
+        self.console.observe({"valid_loss": loss})
         self.console.say(f"step {self.step}: validation loss {loss:.4f}")
         self._evaluated = (self.step, self.stage.number, loss)
         if self.guard is not None:
@@ -464,6 +468,7 @@ class Run:
             refuse_waiting(self, f"the run has finished at step {self.step}")
         asked = self.stop.told(self.layout) if reason == "requested" else None
         self.event("stop", reason=reason, request=asked)
+        self.tracker.draw_load(self.step, always=True)
         tell_status(self, "finished" if reason == "finished" else "stopped", reason=asked or reason, exit_code=0)
         with self.layout.together("ending the run"):
             if self.layout.rank == 0:
@@ -473,6 +478,7 @@ class Run:
 
     def close(self) -> None:
         """End the threads of this run."""
+        self.console.close()
         self.persistence.abandon()
         self.tracker.close()
         if hasattr(self, "data"):

@@ -75,6 +75,11 @@ class Watchdog:
         """Take note that the main thread has got on."""
         self._ticks += 1
 
+    @property
+    def doing(self) -> str:
+        """What the main thread is at."""
+        return self._doing
+
     def begin(self, what: str) -> None:
         """Name what goes on from here."""
         self._doing = what
@@ -371,6 +376,7 @@ class Watchdog:
     def _tell(self, verdict: _Verdict) -> None:
         if verdict.by == self._rank:
             tell_failure(self._run, LaunchError(verdict.message), here=True)
+        self._run.console.close()
         for stream in (sys.stdout, sys.stderr):
             # A stream whose reader is gone.
             with contextlib.suppress(OSError, ValueError):
