@@ -17,6 +17,7 @@ from typing import TextIO
 
 from launch.environment import DEFAULTS
 from parallel.errors import LaunchError
+from train.console import wants_panel
 from train.run_files import RunFiles
 from train.settings import load_settings
 from train.signals import follow_parent
@@ -134,6 +135,11 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     assert agent.stderr is not None
     code = relay(agent.stderr, sys.stderr)
     status = agent.wait()
+    if status and wants_panel(settings.run.console, environment):
+        # Rank 0 may have been killed with its panel open.
+        from train.panel import RESTORE
+
+        print(RESTORE, end="", flush=True)
     if status and asked and _stopped_as_asked(Path(settings.run.dir)):
         return 0
     if code > 128:

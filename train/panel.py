@@ -48,7 +48,7 @@ def upcoming(settings: RunSettings, step: int, stage: int) -> list[tuple[int, st
         stage: number of the current one.
     """
     end = min(settings.run.steps, settings.run.stop_at_step or settings.run.steps)
-    found = [(end, "end" if end == settings.run.steps else "stop")]
+    found: list[tuple[int, str]] = []
     for every, what in (
         (settings.evaluation.interval_steps, "evaluation"),
         (settings.checkpoint.interval_steps, "save"),
@@ -58,7 +58,8 @@ def upcoming(settings: RunSettings, step: int, stage: int) -> list[tuple[int, st
     for later in settings.upcycle.stages[stage : stage + 1]:
         if later.at_step is not None:
             found.append((later.at_step, "expansion" if later.grows() else "layout change"))
-    return sorted(event for event in found if event[0] <= end)
+    found.append((end, "end" if end == settings.run.steps else "stop"))
+    return sorted((event for event in found if step <= event[0] <= end), key=lambda event: event[0])
 
 
 def duration(seconds: float) -> str:
