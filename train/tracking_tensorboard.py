@@ -34,8 +34,12 @@ class TensorboardSink:
 
     def numbers(self, at: Position, values: Mapping[str, float]) -> None:
         """Write figures of a step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, at.step)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # All in one event: `add_scalar` per figure takes twenty times as long, in which the step waits for the interpreter.
+        found = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_summary(Summary(value=found), at.step)
 
     def summary(self, at: Position, values: Mapping[str, Any]) -> None:
         """Write values as a table among the texts."""
