@@ -318,7 +318,9 @@ class Run:
         run = self.settings.run
         self.console.open_panel(lambda: self.watchdog.doing)
         stage = self.stage
-        self.console.observe({"step": self.step, "stage": stage.number, "num_experts": stage.num_experts}, self.settings)
+        self.console.observe(
+            {"step": self.step, "stage": stage.number, "num_experts": stage.num_experts}, self.settings
+        )
         try:
             self.stop.raise_if_agreed(self.layout)
             if self.owes_evaluation or (self.guard is not None and not self.guard.losses):

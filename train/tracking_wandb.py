@@ -49,6 +49,8 @@ class WandbSink:
     def picture(self, at: Position, name: str, png: bytes) -> None:
         """Send a picture of a step."""
         import wandb
+
+        # W&B takes pictures as this library's, which matplotlib brings.
         from PIL import Image
 
         self._run.log({name: wandb.Image(Image.open(io.BytesIO(png))), "step": at.step}, step=at.trained)

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
+from parallel.errors import CoppiceError
 from tests.distributed import run_distributed
 from tests.train.screen import Screen
 from tests.train.trainer import SMALL, small_corpus, train_here
-from parallel.errors import CoppiceError
 from train.config import RunSettings
 from train.console import Console
 from train.panel import RESTORE, Pace, upcoming
@@ -69,10 +69,8 @@ class Terminal:
 
     def close(self) -> None:
         for act in (self.out.close, lambda: os.close(self.slave), lambda: os.close(self.master)):
-            try:
+            with contextlib.suppress(OSError):
                 act()
-            except OSError:
-                pass
 
 
 @pytest.fixture
@@ -154,7 +152,9 @@ def test_a_panel_disturbs_no_line(terminal: Any, columns: int) -> None:
         ("panel", {"TERM": "dumb"}, False),
     ],
 )
-def test_who_gets_a_panel(terminal: Any, monkeypatch: Any, choice: str, environment: dict[str, str], panel: bool) -> None:
+def test_who_gets_a_panel(
+    terminal: Any, monkeypatch: Any, choice: str, environment: dict[str, str], panel: bool
+) -> None:
     shown, settings = terminal(), _settings(f"run.console={choice}")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
