@@ -27,6 +27,12 @@ def wants_panel(choice: str, environment: Mapping[str, str]) -> bool:
     return choice == "panel" or not (environment.get("SLURM_JOB_ID") or environment.get("CI"))
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    whole = max(0, int(seconds))
+    return f"{whole // 3600:d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 class Console:
     """Standard output of rank 0: lines, above a panel where there is one.
 
@@ -41,13 +47,13 @@ class Console:
         self._mark: tuple[int, float] | None = None
         self._panel: Panel | None = None
 
-    def open_panel(self, doing: Callable[[], str]) -> None:
-        """Show a panel from here on, if this terminal is to have one; `doing` says what goes on."""
+    def open_panel(self, doing: Callable[[], str], figures: Mapping[str, Any], settings: RunSettings) -> None:
+        """Show a panel from here on, if this terminal is to have one (arguments: see `Panel`)."""
         if not self._quiet and wants_panel(self._config.console, os.environ):
             # Only where it is drawn.
             from train.panel import Panel
 
-            self._panel = Panel(sys.stdout, self._config.dir, doing)
+            self._panel = Panel(sys.stdout, doing, figures, settings)
 
     def close(self) -> None:
         """Give the terminal back; what is said from here on are lines alone. May be called again, by any thread."""
@@ -112,8 +118,7 @@ class Console:
         left = ""
         if self._mark is not None and step > self._mark[0]:
             pace = (now - self._mark[1]) / (step - self._mark[0])
-            seconds = int(pace * (self._steps - step))
-            left = f"  left {seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+            left = f"  left {duration(pace * (self._steps - step))}"
         self._mark = (step, now)
         self.say(
             f"step {step:>6}/{self._steps}  loss {record['lm_loss']:.4f}  grad norm {record['grad_norm']:.2f}  "

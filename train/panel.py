@@ -4,7 +4,7 @@ The terminal's scrolling region ends above the panel. So whatever anybody writes
 other processes on the same terminal) scrolls by above it as without a panel: nothing is overwritten, swallowed or mixed up.
 Each redrawing is one write that puts the cursor back. The step itself only leaves its figures here.
 
-    panel = Panel(sys.stdout, "runs/demo", doing=lambda: "step 12")
+    panel = Panel(sys.stdout, lambda: "step 12", {"step": 11, "stage": 0, "num_experts": 8}, settings)
     panel.show({"step": 12, "lm_loss": 2.5}, settings)      # microseconds, draws nothing
     panel.close()                                           # the terminal is as before
 """
@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.config import RunSettings
+from train.console import duration
 
 _REFRESH_SECONDS = 0.5
 # Below this there is no panel: it needs room for itself, and lines need room above it.
@@ -62,12 +63,6 @@ def upcoming(settings: RunSettings, step: int, stage: int) -> list[tuple[int, st
     return sorted((event for event in found if step <= event[0] <= end), key=lambda event: event[0])
 
 
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    whole = max(0, int(seconds))
-    return f"{whole // 3600:d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
 class Pace:
     """Wall-clock seconds per step over the last steps, saves and evaluations between them included."""
 
@@ -90,37 +85,39 @@ class Pace:
 
 
 def panel_content(
-    title: str, figures: Mapping[str, Any], settings: RunSettings | None, pace: float | None, doing: str, columns: int
+    figures: Mapping[str, Any], settings: RunSettings, pace: float | None, doing: str, columns: int
 ) -> RenderableType:
     """What the panel shows.
 
     Args:
-        title: of the run.
         figures: newest value of each key of metrics.jsonl, and `valid_loss`.
-        settings: of the run; None before its first step.
+        settings: of the run.
         pace: seconds per step, if known.
         doing: what goes on.
-        columns: of the terminal.
+        columns: that it may take.
     """
-    step = int(figures.get("step", 0))
-    steps = settings.run.steps if settings else 0
+    step, steps = figures["step"], settings.run.steps
     bar = Table.grid(expand=True, padding=(0, 1))
     bar.add_column(no_wrap=True)
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
-    share = f"{step / steps:.0%}" if steps else ""
-    bar.add_row(Text(f"step {step:,}/{steps:,}", style="bold"), ProgressBar(max(1, steps), step), Text(share))
-    left = "-" if pace is None else duration(pace * (steps - step))
+    bar.add_row(Text(f"step {step:,}/{steps:,}", style="bold"), ProgressBar(steps, step), Text(f"{step / steps:.0%}"))
     values = [
         ("loss", _number(figures.get("lm_loss"), ".4f")),
         ("validation", _number(figures.get("valid_loss"), ".4f")),
         ("grad norm", _number(figures.get("grad_norm"), ".3g")),
         ("lr", _number(figures.get("learning_rate"), ".2e")),
         ("tokens/s", _number(figures.get("tokens_per_second"), ",.0f")),
-        ("left", left),
-        ("experts", _number(figures.get("num_experts"), ".0f")),
-        ("stage", _number(figures.get("stage"), ".0f")),
+        ("left", "-" if pace is None else duration(pace * (steps - step))),
+        ("experts", _number(figures["num_experts"], "d")),
+        ("stage", _number(figures["stage"], "d")),
     ]
+    ahead = ", ".join(f"{what} after {at:,}" for at, what in upcoming(settings, step, figures["stage"]))
+    title = Rule(Text(settings.run.dir, overflow="ellipsis", no_wrap=True), style="dim")
+    return Group(title, bar, _table(values, columns), _line("next", ahead), _line("now", doing))
+
+
+def _table(values: list[tuple[str, str]], columns: int) -> Table:
     across = max(1, min(len(values), columns // _CELL))
     # Rows of equal length: 8 figures in 5 columns read worse than in 4.
     across = -(-len(values) // -(-len(values) // across))
@@ -130,10 +127,7 @@ def panel_content(
     cells = [Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in values]
     for row in range(0, len(cells), across):
         table.add_row(*cells[row : row + across])
-    events = upcoming(settings, step, int(figures.get("stage", 0))) if settings else []
-    ahead = ", ".join(f"{what} after {at:,}" for at, what in events) or "-"
-    return Group(Rule(Text(title, overflow="ellipsis", no_wrap=True), style="dim"), bar, table,
-                 _line("next", ahead), _line("now", doing))  # fmt: skip
+    return table
 
 
 def _line(label: str, text: str) -> Text:
@@ -149,15 +143,16 @@ class Panel:
 
     Args:
         out: the terminal; its encoding and rich's view of its colours (NO_COLOR, TERM) decide how the panel looks.
-        title: of the run.
         doing: says what goes on; asked by the thread.
+        figures: what is known so far; at least `step`, `stage` and `num_experts`.
+        settings: of the run.
     """
 
-    def __init__(self, out: TextIO, title: str, doing: Callable[[], str]) -> None:
+    def __init__(
+        self, out: TextIO, doing: Callable[[], str], figures: Mapping[str, Any], settings: RunSettings
+    ) -> None:
         self._fd, self._encoding = out.fileno(), out.encoding or "ascii"
-        self._title, self._doing = title, doing
-        self._figures: dict[str, Any] = {}
-        self._settings: RunSettings | None = None
+        self._doing, self._figures, self._settings = doing, dict(figures), settings
         self._pace = Pace()
         # What was going on at the last look, and since when.
         self._act: tuple[str, float] = ("", 0.0)
@@ -188,11 +183,14 @@ class Panel:
                 self._place = None
 
     def _loop(self) -> None:
-        while not self._over.is_set():
-            with self._lock:
-                if not self._over.is_set():
-                    self._draw()
-            self._over.wait(_REFRESH_SECONDS)
+        try:
+            while not self._over.is_set():
+                with self._lock:
+                    if not self._over.is_set():
+                        self._draw()
+                self._over.wait(_REFRESH_SECONDS)
+        finally:
+            self.hidden = True
 
     def _draw(self) -> None:
         try:
@@ -231,7 +229,7 @@ class Panel:
         console = Console(file=sheet, force_terminal=True, width=width, legacy_windows=False)
         with console.capture() as capture:
             console.print(
-                panel_content(self._title, dict(self._figures), self._settings, self._pace.seconds(), told, width),
+                panel_content(dict(self._figures), self._settings, self._pace.seconds(), told, width),
                 end="",
             )
         return capture.get().splitlines()

@@ -316,11 +316,8 @@ class Run:
             Why it ended: finished, stop_at_step or requested.
         """
         run = self.settings.run
-        self.console.open_panel(lambda: self.watchdog.doing)
-        stage = self.stage
-        self.console.observe(
-            {"step": self.step, "stage": stage.number, "num_experts": stage.num_experts}, self.settings
-        )
+        known = {"step": self.step, "stage": self.stage.number, "num_experts": self.stage.num_experts}
+        self.console.open_panel(lambda: self.watchdog.doing, known, self.settings)
         try:
             self.stop.raise_if_agreed(self.layout)
             if self.owes_evaluation or (self.guard is not None and not self.guard.losses):

@@ -29,6 +29,7 @@ from train.panel import RESTORE, Pace, upcoming
 from train.settings import load_settings
 
 _ROOT = Path(__file__).resolve().parents[2]
+_BEGIN = {"step": 29, "stage": 0, "num_experts": 8}
 _RECORD = {"step": 30, "stage": 0, "num_experts": 8, "lm_loss": 2.4567, "grad_norm": 1.25, "learning_rate": 3e-4,
            "tokens_per_second": 23456.0}  # fmt: skip
 
@@ -108,7 +109,7 @@ def test_a_panel_disturbs_no_line(terminal: Any, columns: int) -> None:
     shown, settings = terminal(columns, 24), _settings()
     console = Console(0, settings.run)
     console.say("the opening")
-    console.open_panel(lambda: "step 31")
+    console.open_panel(lambda: "step 31", _BEGIN, settings)
     console.observe(_RECORD, settings)
     shown.until(_drawn)
     expected = ["the opening"]
@@ -159,7 +160,7 @@ def test_who_gets_a_panel(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     console = Console(0, settings.run)
-    console.open_panel(lambda: "step 31")
+    console.open_panel(lambda: "step 31", _BEGIN, settings)
     console.observe(_RECORD, settings)
     if panel:
         shown.until(_drawn)
@@ -174,7 +175,7 @@ def test_who_gets_a_panel(
 def test_other_ranks_and_files_get_no_panel(terminal: Any, capfd: Any) -> None:
     shown, settings = terminal(), _settings()
     other = Console(1, settings.run)
-    other.open_panel(lambda: "step 31")
+    other.open_panel(lambda: "step 31", _BEGIN, settings)
     other.observe(_RECORD, settings)
     other.say("nobody hears this")
     other.close()
@@ -182,7 +183,7 @@ def test_other_ranks_and_files_get_no_panel(terminal: Any, capfd: Any) -> None:
     sys.stdout = sys.__stdout__
     settings = _settings("run.console=panel")
     console = Console(0, settings.run)
-    console.open_panel(lambda: "step 31")
+    console.open_panel(lambda: "step 31", _BEGIN, settings)
     console.progress(_RECORD, "end at 120")
     assert "\x1b" not in capfd.readouterr().out
 
@@ -194,7 +195,7 @@ def test_colours_are_the_readers_choice(terminal: Any, monkeypatch: Any) -> None
             monkeypatch.setenv("NO_COLOR", "1")
         shown, settings = terminal(), _settings()
         console = Console(0, settings.run)
-        console.open_panel(lambda: "step 31")
+        console.open_panel(lambda: "step 31", _BEGIN, settings)
         console.observe(_RECORD, settings)
         text = shown.until(_drawn)
         console.close()
@@ -204,7 +205,7 @@ def test_colours_are_the_readers_choice(terminal: Any, monkeypatch: Any) -> None
 def test_a_small_terminal_gets_lines_until_it_grows(terminal: Any) -> None:
     shown, settings = terminal(30, 24), _settings()
     console = Console(0, settings.run)
-    console.open_panel(lambda: "step 31")
+    console.open_panel(lambda: "step 31", _BEGIN, settings)
     deadline = time.monotonic() + 20
     while not console._panel.hidden:  # type: ignore[union-attr]
         assert time.monotonic() < deadline
@@ -220,7 +221,7 @@ def test_a_small_terminal_gets_lines_until_it_grows(terminal: Any) -> None:
 def test_a_terminal_that_goes_away_costs_nothing(terminal: Any) -> None:
     shown, settings = terminal(), _settings()
     console = Console(0, settings.run)
-    console.open_panel(lambda: "step 31")
+    console.open_panel(lambda: "step 31", _BEGIN, settings)
     console.observe(_RECORD, settings)
     shown.until(_drawn)
     os.close(shown.master)
@@ -235,7 +236,7 @@ def test_a_terminal_that_goes_away_costs_nothing(terminal: Any) -> None:
 def test_a_step_pays_microseconds(terminal: Any) -> None:
     shown, settings = terminal(), _settings()
     console = Console(0, settings.run)
-    console.open_panel(lambda: "step 31")
+    console.open_panel(lambda: "step 31", _BEGIN, settings)
     took = []
     for step in range(2000):
         began = time.perf_counter()
