@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,10 @@ _RECORD = {"step": 30, "stage": 0, "num_experts": 8, "lm_loss": 2.4567, "grad_no
 
 
 class Terminal:
-    """A pseudo-terminal that standard output leads to, and all that was written to it."""
+    """A pseudo-terminal that standard output leads to, and all that was written to it.
+
+    A thread reads, as a terminal does: a writer would wait otherwise once some kilobytes are there.
+    """
 
     def __init__(self, columns: int, rows: int) -> None:
         self.master, self.slave = pty.openpty()
@@ -43,35 +47,47 @@ class Terminal:
         self.written = b""
         self.screen = Screen(columns, rows)
         self.resize(columns, rows)
+        self._over = False
+        self._reader = threading.Thread(target=self._drain)
+        self._reader.start()
 
     def resize(self, columns: int, rows: int) -> None:
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def read(self, seconds: float = 0.0) -> str:
-        """Take in what was written until nothing more comes for so long; returns all of it so far."""
-        while select.select([self.master], [], [], seconds)[0]:
-            try:
-                new = os.read(self.master, 1 << 16)
-            except OSError:
-                break
-            if not new:
-                break
-            self.written += new
+    def _drain(self) -> None:
+        while not self._over:
+            if select.select([self.master], [], [], 0.05)[0]:
+                self.written += os.read(self.master, 1 << 16)
+
+    def read(self, seconds: float = 0.2) -> str:
+        """All that was written so far, once nothing came for so long."""
+        known = -1
+        while known < len(self.written):
+            known = len(self.written)
+            time.sleep(seconds)
         text = self.written.decode(errors="ignore")
         self.screen = Screen(self.screen.columns, self.screen.rows)
         self.screen.feed(text)
         return text
 
     def until(self, seen: Callable[[str], bool]) -> str:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not seen(text := self.read(0.05)):
             assert time.monotonic() < deadline, f"not seen on the terminal: {text!r}"
         return text
 
+    def hang_up(self) -> None:
+        """Close it as its window."""
+        if not self._over:
+            self._over = True
+            self._reader.join()
+            os.close(self.master)
+
     def close(self) -> None:
-        for act in (self.out.close, lambda: os.close(self.slave), lambda: os.close(self.master)):
-            with contextlib.suppress(OSError):
-                act()
+        self.hang_up()
+        with contextlib.suppress(OSError):
+            self.out.close()
+        os.close(self.slave)
 
 
 @pytest.fixture
@@ -121,7 +137,7 @@ def test_a_panel_disturbs_no_line(terminal: Any, columns: int) -> None:
         if number == 6:
             console.observe({**_RECORD, "step": 31, "valid_loss": 2.3999}, settings)
             shown.until(lambda text: "2.3999" in text)
-    shown.read(0.1)
+    shown.read()
     panel = next(i for i, line in enumerate(shown.screen.lines) if "runs/look" in line)
     # The region that scrolls ends right above the panel, which reaches to the last row.
     assert shown.screen.bottom == panel - 1
@@ -135,7 +151,7 @@ def test_a_panel_disturbs_no_line(terminal: Any, columns: int) -> None:
         assert "next evaluation after 40, expansion after 45, save after 50, end after 120" in text
     console.close()
     console.say("the end")
-    shown.read(0.1)
+    shown.read()
     # Nothing is lost, doubled or mixed up, and the panel has left nothing behind.
     assert "".join(shown.screen.text) == "".join([*expected, "the end"])
     assert (shown.screen.top, shown.screen.bottom) == (0, 23)
@@ -166,7 +182,7 @@ def test_who_gets_a_panel(
         shown.until(_drawn)
     console.progress(_RECORD, "end at 120")
     console.close()
-    text = shown.read(0.1)
+    text = shown.read()
     assert ("\x1b" in text) == panel
     # A panel says it already.
     assert ("step     30/120  loss 2.4567" in text) != panel
@@ -179,7 +195,7 @@ def test_other_ranks_and_files_get_no_panel(terminal: Any, capfd: Any) -> None:
     other.observe(_RECORD, settings)
     other.say("nobody hears this")
     other.close()
-    assert shown.read(0.1) == ""
+    assert shown.read() == ""
     sys.stdout = sys.__stdout__
     settings = _settings("run.console=panel")
     console = Console(0, settings.run)
@@ -211,7 +227,7 @@ def test_a_small_terminal_gets_lines_until_it_grows(terminal: Any) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     console.progress(_RECORD, "end at 120")
-    assert "\x1b" not in shown.read(0.1) and "loss 2.4567" in shown.read()
+    assert "\x1b" not in shown.read() and "loss 2.4567" in shown.read()
     shown.resize(100, 24)
     console.observe(_RECORD, settings)
     shown.until(lambda text: "now" in text)
@@ -224,7 +240,7 @@ def test_a_terminal_that_goes_away_costs_nothing(terminal: Any) -> None:
     console.open_panel(lambda: "step 31", _BEGIN, settings)
     console.observe(_RECORD, settings)
     shown.until(_drawn)
-    os.close(shown.master)
+    shown.hang_up()
     panel = console._panel
     assert panel is not None
     panel._thread.join(20)
@@ -282,7 +298,7 @@ def test_a_run_that_fails_gives_the_terminal_back_first(tmp_path: Path, terminal
              "schedule.learning_rate=1e-9", "schedule.min_learning_rate=0", "health.bad_steps=1", "run.log_interval_steps=1",
              "health.spike_factor=1.0001", "health.spike_window_steps=4"]  # fmt: skip
     assert run_distributed(_train_on, 1, os.ttyname(shown.slave), words) == ["failed"]
-    text = shown.read(0.2)
+    text = shown.read()
     assert text.count(RESTORE) == 1 and text.index(RESTORE) < text.index("error: 1 bad steps in a row"), text
     assert (shown.screen.top, shown.screen.bottom) == (0, 39)
     seen = "\n".join(shown.screen.text)
@@ -300,16 +316,16 @@ def test_a_run_under_the_launcher_on_a_terminal(tmp_path: Path, terminal: Any) -
     process = subprocess.Popen(command, cwd=_ROOT, stdin=shown.slave, stdout=shown.slave, stderr=shown.slave)
     deadline = time.monotonic() + 120
     try:
-        while not re.search(r"step [1-9]\d*/100,000", shown.read(0.2)):
+        while not re.search(r"step [1-9]\d*/100,000", shown.read()):
             assert process.poll() is None and time.monotonic() < deadline, shown.screen.text
         assert shown.screen.bottom < 59
         process.send_signal(signal.SIGTERM)
         while process.poll() is None:
             assert time.monotonic() < deadline, shown.screen.text
-            shown.read(0.2)
+            shown.read()
     finally:
         process.kill()
-    text = shown.read(0.2)
+    text = shown.read()
     assert process.returncode == 0, shown.screen.text
     # The first by rank 0, before anything else is told.
     assert RESTORE in text and text.index(RESTORE) < text.index("stopped after step") < text.index("report drawn")
