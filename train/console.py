@@ -63,8 +63,9 @@ class Console:
 
     def observe(self, figures: Mapping[str, Any], settings: RunSettings | None = None) -> None:
         """Leave figures for the panel; those of a step come with the settings of the run."""
-        if self._panel is not None:
-            self._panel.show(figures, settings)
+        panel = self._panel
+        if panel is not None:
+            panel.show(figures, settings)
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -112,7 +113,8 @@ class Console:
 
     def progress(self, record: dict[str, Any], next_event: str) -> None:
         """Print one line about a step, with the time left at the pace since the last line; a panel says it already."""
-        if self._panel is not None and not self._panel.hidden:
+        panel = self._panel
+        if panel is not None and not panel.hidden:
             return
         now, step = time.monotonic(), record["step"]
         left = ""

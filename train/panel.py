@@ -78,9 +78,11 @@ class Pace:
 
     def seconds(self) -> float | None:
         """Of one step; None before the second."""
-        if len(self._marks) < 2:
+        # A copy: the run marks on.
+        marks = tuple(self._marks)
+        if len(marks) < 2:
             return None
-        (first, began), (last, ended) = self._marks[0], self._marks[-1]
+        (first, began), (last, ended) = marks[0], marks[-1]
         return (ended - began) / (last - first)
 
 
@@ -228,10 +230,8 @@ class Panel:
         sheet = io.TextIOWrapper(io.BytesIO(), encoding=self._encoding)
         console = Console(file=sheet, force_terminal=True, width=width, legacy_windows=False)
         with console.capture() as capture:
-            console.print(
-                panel_content(dict(self._figures), self._settings, self._pace.seconds(), told, width),
-                end="",
-            )
+            content = panel_content(dict(self._figures), self._settings, self._pace.seconds(), told, width)
+            console.print(content, end="")
         return capture.get().splitlines()
 
     def _write(self, text: str) -> bool:

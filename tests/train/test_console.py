@@ -327,8 +327,8 @@ def test_a_run_under_the_launcher_on_a_terminal(tmp_path: Path, terminal: Any) -
         process.kill()
     text = shown.read()
     assert process.returncode == 0, shown.screen.text
-    # The first by rank 0, before anything else is told.
-    assert RESTORE in text and text.index(RESTORE) < text.index("stopped after step") < text.index("report drawn")
+    # By rank 0, between the last line of the run and the report.
+    assert RESTORE in text and text.index("stopped after step") < text.index(RESTORE) < text.index("report drawn")
     assert (shown.screen.top, shown.screen.bottom) == (0, 59)
     seen = [line for line in shown.screen.text if line]
     assert seen[0].startswith("run ") and seen[-1].startswith("report drawn")
