@@ -6,19 +6,21 @@ can be mailed and made again. What it shows and how each number is defined: docs
 Usage:
 
     python -m train.report RUN_DIR [--output PATH]
+    python -m train.report compare RUN_DIR RUN_DIR... [--labels NAME...] [--output PATH]
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from parallel.errors import CoppiceError, DataError
+from parallel.errors import CoppiceError
+from train.compare import run_command
 from train.report_data import load_run
 from train.report_figures import draw_all
+from train.report_files import publish, refuse_bad_target
 from train.report_html import page
 from train.report_text import summary_lines as record_lines
-from train.run_files import RunFiles, make_directory
+from train.run_files import RunFiles
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
@@ -36,17 +38,9 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     record = load_run(Path(run_dir))
     target = Path(output) if output is not None else RunFiles(run_dir).report
-    if not target.parent.is_dir():
-        raise DataError(f"--output {target}: the folder {target.parent} does not exist: create it first")
-    if target.is_dir():
-        raise DataError(f"--output {target}: is a folder: name a file, such as {target / 'report.html'}")
-    folder = target.with_suffix("") if target.suffix else target.with_name(f"{target.name}-figures")
+    refuse_bad_target(target)
     figures = draw_all(record)
-    make_directory(folder)
-    for figure in figures:
-        _publish(folder / f"{figure.name}.png", figure.wide_png)
-    _publish(target, page(record, figures).encode("utf-8"))
-    return target
+    return publish(target, figures, page(record, figures))
 
 
 def summary_lines(run_dir: Path) -> list[str]:
@@ -58,21 +52,24 @@ def summary_lines(run_dir: Path) -> list[str]:
     return record_lines(load_run(Path(run_dir)))
 
 
-def _publish(path: Path, data: bytes) -> None:
-    """Write beside the target and rename: a reader never sees half a page."""
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        draft.write_bytes(data)
-        os.replace(draft, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot write ({error.strerror}): choose another --output") from error
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: write the report and print the summary. Returns the exit status."""
+    """Command line: write the report, or a comparison, and print its results. Returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        lines = run_command(given[1:]) if given[:1] == ["compare"] else _report(given)
+    except CoppiceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print("\n".join(lines))
+    return 0
+
+
+def _report(arguments: list[str]) -> list[str]:
+    """Write the report of one run; what to print."""
     parser = argparse.ArgumentParser(
         prog="python -m train.report",
-        description="Write one self-contained HTML page about a run (finished or not) and print its results.",
+        description="Write one self-contained HTML page about a run (finished or not) and print its results. "
+        "`python -m train.report compare RUN_DIR RUN_DIR...` holds several runs against each other.",
         epilog="Definitions of all figures: docs/report.md. Exit status: 0, or 3 if the run cannot be read.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run, with metrics.jsonl in it")
@@ -83,14 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="write the page here instead of RUN_DIR/report.html; figures go to the folder of the same name",
     )
     options = parser.parse_args(arguments)
-    try:
-        target = write_report(options.run_dir, options.output)
-        print("\n".join(summary_lines(options.run_dir)))
-    except CoppiceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"written: {target}")
-    return 0
+    target = write_report(options.run_dir, options.output)
+    return [*summary_lines(options.run_dir), f"written: {target}"]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Usage: `record = load_run(Path("runs/a"))`
 """
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from parallel.errors import DataError
+from train.report_columns import Floats, load_columns, step_parts
+from train.report_events import (
+    Evaluation,
+    Event,
+    load_checkpoints,
+    load_evaluations,
+    load_events,
+    model_sizes,
+    number,
+)
 from train.report_load import LoadHistory, load_histories
 from train.report_plans import read_plan
-from train.run_files import RunFiles, numbered_records
+from train.run_files import RunFiles
 
-Floats = npt.NDArray[np.float64]
-
-METRICS = (
-    "tokens",
-    "lm_loss",
-    "grad_norm",
-    "learning_rate",
-    "step_seconds",
-    "tokens_per_second",
-    "expert_load_max",
-    "expert_load_min",
-    "expert_load_entropy",
-    "dead_experts",
-)
-# Where an evaluation of the new model lies behind the step of the switch: after the line at + 0.5.
-BEHIND = 0.75
 # Share of a stage averaged for "training loss at its end", and the most steps that may be.
 END_SHARE, END_STEPS = 0.05, 100
-
-
-@dataclass(frozen=True)
-class Event:
-    """One line of events.jsonl."""
-
-    time: str
-    step: int
-    name: str
-    details: dict[str, Any]
-    superseded: bool = False
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One validation: mean loss in nats per token, and how far replicas of one parent have moved apart.
-
-    `position` is where it lies on a step axis: its step, or just behind the switch for one that measured its outcome.
-    """
-
-    step: int
-    position: float
-    valid_loss: float | None
-    divergence: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +60,10 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of steps with one expert count: `[start, stop)` are rows of the columns."""
+    """A stretch of steps with one expert count: `[start, stop)` are rows of the columns.
+
+    Speeds are medians over its steps, memory is the peak.
+    """
 
     index: int
     num_experts: int
@@ -105,6 +78,11 @@ class Stage:
     end_loss_steps: int
     tokens_per_second: float | None
     step_seconds: float | None
+    tflops_per_device: float | None
+    mfu: float | None
+    memory_bytes: float | None
+    # Mean seconds of each part of a step; empty where the run timed none.
+    part_seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -154,10 +132,10 @@ def load_run(run_dir: Path) -> RunRecord:
         raise DataError(f"{run_dir}: no such directory: give the directory of a run")
     if not files.metrics.exists() and not files.events.exists():
         raise DataError(f"{run_dir}: not a run directory (no metrics.jsonl, no events.jsonl): give the one of a run")
-    steps_S, columns, stage_S, experts_S = _columns(files)
-    events = _events(files)
+    steps_S, columns = load_columns(files)
+    events = load_events(files)
     start = next((event.details for event in reversed(events) if event.name == "start"), {})
-    expansions = _expansions(files, events, steps_S, stage_S, experts_S)
+    expansions = _expansions(files, events, steps_S, columns)
     config_text = ""
     if files.config.exists():
         config_text = files.config.read_text(encoding="utf-8", errors="replace")
@@ -166,135 +144,24 @@ def load_run(run_dir: Path) -> RunRecord:
         files=files,
         steps_S=steps_S,
         columns=columns,
-        stages=_stages(steps_S, columns, stage_S, experts_S, _sizes(events)),
+        stages=_stages(steps_S, columns, model_sizes(events)),
         expansions=expansions,
-        evaluations=_evaluations(events),
+        evaluations=load_evaluations(events),
         events=events,
         loads=load_histories(files),
         start=start,
         status=_status(events, int(steps_S[-1])),
         config_text=config_text,
-        checkpoints=_checkpoints(events),
+        checkpoints=load_checkpoints(events),
     )
 
 
-def number(value: object) -> float | None:
-    """A finite number, or None: what a run did not record must not look like zero."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
-        return float(value)
-    return None
-
-
-def _columns(files: RunFiles) -> tuple[Floats, dict[str, Floats], Floats, Floats]:
-    """The metrics as columns, sorted by step, each step once (the last line wins), null and absent as NaN."""
-    keys = ("step", "stage", "num_experts", *METRICS)
-    blocks: list[Floats] = []
-    # In blocks: a long run's metrics as Python numbers would take ten times their size as an array.
-    records = numbered_records(files.metrics)
-    while block := list(itertools.islice(records, 10_000)):
-        try:
-            blocks.append(np.array([[*map(record.get, keys)] for _, record in block], dtype=np.float64))
-        except (TypeError, ValueError):
-            raise _bad_metric(files, block, keys) from None
-        if not np.isfinite(blocks[-1][:, 0]).all():
-            raise _bad_metric(files, block, keys)
-    if not blocks:
-        raise DataError(f"{files.metrics}: empty: the run has not finished its first step, so there is nothing to show")
-    table = np.concatenate(blocks)
-    # The sort is stable: of several lines with one step the last written stands.
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    table = table[np.append(table[1:, 0] != table[:-1, 0], True)]
-    columns = {key: np.ascontiguousarray(table[:, i]) for i, key in enumerate(keys)}
-    return columns["step"], {key: columns[key] for key in METRICS}, columns["stage"], columns["num_experts"]
-
-
-def _bad_metric(files: RunFiles, block: list[tuple[int, dict[str, Any]]], keys: tuple[str, ...]) -> DataError:
-    """The error for the first value of a block that is not a number, or the first line without a step."""
-    for line, record in block:
-        for key in keys:
-            value = record.get(key)
-            if not isinstance(value, int | float) and not (value is None and key != "step"):
-                return DataError(f"{files.metrics}:{line}: {key}={value!r} is not a number: remove this line")
-    return DataError(f"{files.metrics}: holds a value that is not a number")
-
-
-def _events(files: RunFiles) -> list[Event]:
-    """All events; those a resume, or the guard, took back are marked superseded (their steps were trained again)."""
-    events: list[Event] = []
-    for line, record in numbered_records(files.events):
-        step, name, details = record.get("step"), record.get("event"), record.get("details") or {}
-        if not isinstance(step, int) or not isinstance(name, str) or not isinstance(details, dict):
-            raise DataError(f"{files.events}:{line}: not an event (step, event, details): remove this line")
-        if name in ("resume", "return"):
-            experts = number(details.get("num_experts"))
-            first = next((i for i, event in enumerate(events) if _taken_back(event, step, experts)), len(events))
-            if 0 < first < len(events) and events[first].name == "expansion" and events[first - 1].name == "evaluation":
-                # The evaluation of the switch's outcome stands just before it.
-                first -= _is_outcome(number(events[first - 1].details.get("valid_loss")), events[first])
-            events[first:] = [replace(event, superseded=True) for event in events[first:]]
-        events.append(Event(str(record.get("time", "")), step, name, details))
-    return events
-
-
-def _taken_back(event: Event, step: int, experts: float | None) -> bool:
-    """Whether resuming at `step` with `experts` experts undoes this event (and all that follow it)."""
-    if event.superseded or event.step != step:
-        return event.step > step and not event.superseded
-    grown = number(event.details.get("to_experts")) if event.name == "expansion" else None
-    return grown is not None and experts is not None and grown > experts
-
-
-def _sizes(events: list[Event]) -> dict[int, tuple[float | None, float | None]]:
-    """Parameters, total and active, by number of experts, from each start and each expansion that recorded them."""
-    sizes: dict[int, tuple[float | None, float | None]] = {}
-    for event in events:
-        experts = number(event.details.get({"start": "num_experts", "expansion": "to_experts"}.get(event.name, "")))
-        total, active = (number(event.details.get(f"parameters_{key}")) for key in ("total", "active"))
-        if event.name in ("start", "expansion") and total is not None:
-            sizes[int(experts or 0)] = (total, active)
-    return sizes
-
-
-def _evaluations(events: list[Event]) -> list[Evaluation]:
-    """The evaluations by position. The trainer writes the one that follows a switch just before the expansion event."""
-    found: list[Evaluation] = []
-    grown_at: int | None = None
-    for event in events:
-        if event.superseded:
-            continue
-        if event.name == "evaluation":
-            raw = event.details.get("sibling_divergence")
-            values = {key: number(raw.get(key)) for key in ("mean", "min", "max")} if isinstance(raw, dict) else {}
-            known = {key: value for key, value in values.items() if value is not None}
-            position = event.step + (BEHIND if event.step == grown_at else 0.0)
-            found.append(Evaluation(event.step, position, number(event.details.get("valid_loss")), known or None))
-        elif event.name == "expansion":
-            grown_at = event.step
-            if found and found[-1].step == event.step and _is_outcome(found[-1].valid_loss, event):
-                found[-1] = replace(found[-1], position=event.step + BEHIND)
-    # Of several at one position the last stands: a restarted run repeats them.
-    by_position = {evaluation.position: evaluation for evaluation in found}
-    return [by_position[position] for position in sorted(by_position)]
-
-
-def _is_outcome(loss: float | None, expansion: Event) -> bool:
-    """Whether a validation loss is the one an expansion recorded right after the switch."""
-    return loss is not None and loss == number(expansion.details.get("valid_loss_after"))
-
-
-def _checkpoints(events: list[Event]) -> list[Event]:
-    """The last checkpoint event of each path, by step: one written again replaced the first."""
-    last = {str(event.details.get("path", "")): event for event in events if event.name == "checkpoint"}
-    return sorted(last.values(), key=lambda event: event.step)
-
-
-def _expansions(
-    files: RunFiles, events: list[Event], steps_S: Floats, stage_S: Floats, experts_S: Floats
-) -> list[Expansion]:
+def _expansions(files: RunFiles, events: list[Event], steps_S: Floats, columns: dict[str, Floats]) -> list[Expansion]:
     """One per expansion event, plus one per change of stage that has no event (a kill between the two)."""
     switches = [event for event in events if event.name == "expansion" and not event.superseded]
     found = {event.step: _expansion(files, event.step, event.details) for event in switches}
-    for row in np.flatnonzero(_changed(stage_S)):
+    experts_S = columns["num_experts"]
+    for row in np.flatnonzero(_changed(columns["stage"])):
         step, following = int(steps_S[row - 1]), int(steps_S[row])
         if not any(step <= known < following for known in found):
             counts = {"from_experts": float(experts_S[row - 1]), "to_experts": float(experts_S[row])}
@@ -343,20 +210,21 @@ def _changed(values: Floats) -> npt.NDArray[np.bool_]:
 def _stages(
     steps_S: Floats,
     columns: dict[str, Floats],
-    stage_S: Floats,
-    experts_S: Floats,
     sizes: dict[int, tuple[float | None, float | None]],
 ) -> list[Stage]:
-    edges = [0, *np.flatnonzero(_changed(stage_S)).tolist(), len(steps_S)]
+    edges = [0, *np.flatnonzero(_changed(columns["stage"])).tolist(), len(steps_S)]
+    parts = step_parts(columns)
     stages = []
     for i, (begin, end) in enumerate(itertools.pairwise(edges)):
-        experts = int(number(float(experts_S[begin])) or 0)
+        experts = int(number(float(columns["num_experts"][begin])) or 0)
         total, active = sizes.get(experts, (None, None))
         tail = max(1, min(END_STEPS, round(END_SHARE * (end - begin))))
         before = columns["tokens"][begin - 1] if i else 0.0
+        means = {name: _mean(seconds[begin:end]) for name, seconds in parts.items()}
+        memory = columns["memory_bytes"][begin:end]
         stages.append(
             Stage(
-                index=int(number(float(stage_S[begin])) or 0),
+                index=int(number(float(columns["stage"][begin])) or 0),
                 num_experts=experts,
                 start=begin,
                 stop=end,
@@ -369,6 +237,10 @@ def _stages(
                 end_loss_steps=tail,
                 tokens_per_second=_median(columns["tokens_per_second"][begin:end]),
                 step_seconds=_median(columns["step_seconds"][begin:end]),
+                tflops_per_device=_median(columns["tflops_per_device"][begin:end]),
+                mfu=_median(columns["mfu"][begin:end]),
+                memory_bytes=float(np.nanmax(memory)) if np.isfinite(memory).any() else None,
+                part_seconds={name: mean for name, mean in means.items() if mean is not None},
             )
         )
     return stages

@@ -17,7 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from train.report_data import Expansion, Floats, RunRecord
+from train.report_columns import Floats
+from train.report_data import Expansion, RunRecord
 
 INK, RAW, SMOOTH, SECOND = "#22272b", "#b9c6bd", "#1d4d38", "#c06a2b"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -45,6 +46,7 @@ STYLE = {
     "legend.framealpha": 0.85,
     "legend.edgecolor": "white",
     "savefig.facecolor": "white",
+    "hatch.linewidth": 0.5,
 }
 DPI = 180
 # Curves of more points than this are drawn as bins, from the minimum to the maximum of each.
@@ -66,21 +68,38 @@ class Canvas:
 WIDE, NARROW = Canvas(8.2, narrow=False), Canvas(4.1, narrow=True)
 
 
-def render(record: RunRecord, canvas: Canvas, draw: Callable[[RunRecord, Canvas], Any]) -> bytes:
-    """Draw one figure and return it as PNG.
+@dataclass(frozen=True)
+class ReportFigure:
+    """One drawn figure with what a reader needs beside it. Title and caption are plain text."""
+
+    name: str
+    title: str
+    caption: str
+    wide_png: bytes
+    narrow_png: bytes
+
+
+def draw_figure(name: str, title: str, caption: str, draw: Callable[[Canvas], Any]) -> ReportFigure:
+    """Draw one figure for both kinds of page.
 
     Args:
-        record: the run.
-        canvas: the page to draw for.
-        draw: makes the matplotlib figure.
+        name: of its PNG file, and its address in the page.
+        title: plain text.
+        caption: plain text.
+        draw: makes the matplotlib figure for a canvas.
     """
+    return ReportFigure(name, title, caption, render(draw, WIDE), render(draw, NARROW))
+
+
+def render(draw: Callable[[Canvas], Any], canvas: Canvas) -> bytes:
+    """Draw one figure and return it as PNG."""
     with _STYLE_LOCK, matplotlib.rc_context():
         # A user's matplotlibrc must not change a report.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         buffer = io.BytesIO()
         # Nothing in the file but the picture: no date, no version.
-        draw(record, canvas).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        draw(canvas).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -185,10 +204,9 @@ def curve(
     """
     values = record.columns[column]
     window = smooth_window(record) if window is None else window
-    means = np.full(len(values), np.nan)
+    means = stage_means(record, values, window)
     for i, stage in enumerate(record.stages):
         rows = np.arange(stage.start, stage.stop)
-        means[rows] = moving_mean(values[rows], window)
         if inside is not None:
             rows = rows[(record.steps_S[rows] >= inside[0]) & (record.steps_S[rows] <= inside[1])]
         if not len(rows):
@@ -210,6 +228,37 @@ def curve(
         marker = "." if len(steps) <= 12 else ""
         axis.plot(x, (low + high) / 2, color=SMOOTH, linewidth=1.5, marker=marker, label=named or None, zorder=2)
     return means
+
+
+def stage_means(record: RunRecord, values: Floats, window: int) -> Floats:
+    """The moving mean of a column, never across a switch."""
+    means = np.full(len(values), np.nan)
+    for stage in record.stages:
+        means[stage.start : stage.stop] = moving_mean(values[stage.start : stage.stop], window)
+    return means
+
+
+def mean_line(axis: Any, record: RunRecord, column: str, label: str = "", **style: Any) -> Floats:
+    """Draw the moving mean of a column alone, broken at each switch; it may be recorded at some steps only.
+
+    Returns:
+        The means that are drawn, for the limits of the axis.
+    """
+    values = record.columns[column]
+    means = np.where(np.isfinite(values), stage_means(record, values, smooth_window(record)), np.nan)
+    for i, stage in enumerate(record.stages):
+        rows = stage.start + np.flatnonzero(np.isfinite(means[stage.start : stage.stop]))
+        x, low, high = envelope(record.steps_S[rows], means[rows], max(10, BINS * len(rows) // len(values)))
+        marker = "." if len(rows) <= 12 else ""
+        axis.plot(x, (low + high) / 2, label=label if i == 0 else None, **{"marker": marker, **style})
+    return means
+
+
+def share_steps(axes: Any, rows: int) -> None:
+    """Labels of the x axis under the lowest panels only, of a grid of `rows` rows whose panels share their steps."""
+    for axis in np.asarray(axes).reshape(rows, -1)[:-1].ravel():
+        axis.set_xlabel("")
+        axis.tick_params(labelbottom=False)
 
 
 def set_limits(axis: Any, *series: Floats) -> None:

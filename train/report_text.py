@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from train.report_data import Expansion, RunRecord, number
+from train.report_data import Expansion, RunRecord
+from train.report_events import number
 
 MISSING = "\N{EN DASH}"
 ARROW = "->"
@@ -31,6 +32,21 @@ def large_text(value: float | None) -> str:
         return whole_text(value)
     limit, unit = next((pair for pair in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if abs(value) >= pair[0]), (1.0, ""))
     return f"{value / limit:.2f} {unit}"
+
+
+def short_text(value: float | None, digits: int = 3) -> str:
+    """A number with the digits that matter."""
+    return MISSING if value is None else f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+
+
+def flops_text(value: float | None) -> str:
+    """A sum of floating-point operations, as people in the field write it: 3.1e21 FLOPs."""
+    return MISSING if value is None else f"{value:.2e}".replace("e+", "e") + " FLOPs"
+
+
+def percent_text(share: float | None) -> str:
+    """A share in per cent."""
+    return MISSING if share is None else f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
 def seconds_text(value: float | None) -> str:

@@ -4,7 +4,7 @@ The order of events is the trainer's: the outcome of a switch is evaluated just 
 Also a tool: make one and look at its report.
 
     python -c "from pathlib import Path; from tests.train.synthetic_run import make_run; \
-make_run(Path('/tmp/run'), [(300, 8), (300, 16)], layers=4, greedy=True)" && python -m train.report /tmp/run
+make_run(Path('/tmp/run'), [(300, 8), (300, 16)], layers=4, greedy=True, full=True)" && python -m train.report /tmp/run
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from train.report_columns import NORM_GROUPS
 from train.run_files import RunFiles
 from upcycle.plan import ExpansionPlan, LayerPlan
 
@@ -26,9 +27,18 @@ class _Maker:
     """State of a run being made up: its files, what is popular among experts, and when the present stage was born."""
 
     def __init__(
-        self, run_dir: Path, stages: list[tuple[int, int]], layers: int, greedy: bool, seed: int, ep_ranks: int
+        self,
+        run_dir: Path,
+        stages: list[tuple[int, int]],
+        layers: int,
+        greedy: bool,
+        seed: int,
+        ep_ranks: int,
+        full: bool,
+        level: float,
     ) -> None:
         self.files = RunFiles(run_dir)
+        self.full, self.level = full, level
         self.stages, self.layers, self.greedy, self.ep_ranks = stages, layers, greedy, ep_ranks
         self.rng = np.random.default_rng(seed)
         self.total = sum(steps for steps, _ in stages)
@@ -42,13 +52,13 @@ class _Maker:
 
     def loss(self) -> float:
         """A power law that jumps a little at each switch and then falls below where it was."""
-        level = 2.1 - 0.08 * self.stage + 4.0 * (self.step + 30) ** -0.45
+        level = self.level - 0.08 * self.stage + 4.0 * (self.step + 30) ** -0.45
         age = self.step - self.born
         return level + ((0.08 + JUMP) * np.exp(-age / (0.05 * self.total)) if self.stage else 0.0)
 
-    def start(self) -> None:
+    def start(self, corpus: str) -> None:
         self.files.prepare()
-        self.files.config.write_text("model:\n  hidden_size: 64\nrun:\n  name: synthetic\n")
+        self.files.config.write_text(f"model:\n  hidden_size: 64\nrun:\n  name: synthetic\ndata:\n  corpus: {corpus}\n")
         self.event(
             "start",
             num_experts=self.experts,
@@ -65,7 +75,29 @@ class _Maker:
 
     def evaluate(self, loss: float, divergence: float | None) -> None:
         spread = None if divergence is None else {"mean": divergence, "min": 0.6 * divergence, "max": 1.5 * divergence}
-        self.event("evaluation", valid_loss=loss, tokens=16_384, sibling_divergence=spread)
+        more: dict[str, Any] = {}
+        if self.full:
+            # The general set is forgotten a little, the domain is learnt.
+            forgotten = 0.1 * self.step / self.total
+            losses = {"general": 2.4 + forgotten + 0.2 * (loss - 2.1), "domain": loss}
+            more["sets"] = {
+                name: {
+                    "loss": value,
+                    "perplexity": float(np.exp(value)),
+                    "bits_per_byte": value / np.log(2) / 4.1,
+                    "tokens": 16_384,
+                }
+                for name, value in losses.items()
+            }
+            if divergence is not None:
+                pulled = min(1.0, 3 * divergence)
+                more["sibling_moment_divergence"] = {"mean": pulled, "min": 0.7 * pulled, "max": min(1.2, 1.3 * pulled)}
+                more["routing_agreement"] = {
+                    "mean": 1 - 0.4 * divergence,
+                    "min": 1 - 0.7 * divergence,
+                    "max": 1 - 0.2 * divergence,
+                }
+        self.event("evaluation", valid_loss=loss, tokens=16_384, sibling_divergence=spread, **more)
 
     def expand(self, after: int) -> None:
         before, loss = self.experts, self.loss() + 0.02
@@ -118,9 +150,34 @@ class _Maker:
             record["dead_experts"] = int(rng.poisson(3 * (1 - even) ** 4))
             if self.step % every == 0 or self.step == 1:
                 self.loads.append(self._load(float(even)))
+            if self.full:
+                record |= {
+                    "expert_load_p10": 0.5 + 0.4 * even,
+                    "expert_load_p50": 0.97,
+                    "expert_load_p90": 1.6 - 0.4 * even,
+                }
+                record |= {"router_entropy": 0.95 - 0.3 * even, "bias_min": -0.02 * even, "bias_max": 0.03 * even}
+        if self.full:
+            record |= self._costs(seconds, every)
         self.metrics.append(record)
         if self.step % (5 * every) == 0 or self.step == self.total:
             self.evaluate(self.loss() + 0.02, 0.3 * (1 - np.exp(-age / (0.3 * self.total))) if self.stage else None)
+
+    def _costs(self, seconds: float, every: int) -> dict[str, Any]:
+        """Times, memory and FLOPs of a step, and now and then norms."""
+        shares = {"data": 0.03, "forward_backward": 0.82, "all_to_all": 0.2 + 0.05 * self.stage, "optimizer": 0.1}
+        record: dict[str, Any] = {f"{part}_seconds": share * seconds for part, share in shares.items()}
+        flops = 6.0 * (1_400_000 + 64 * self.experts) * TOKENS_PER_STEP
+        record |= {"memory_bytes": int(1.1e9 + 3.2e8 * self.stage + 1e6 * self.rng.random()), "step_flops": flops}
+        record |= {"tflops_per_device": flops / seconds / 2e12, "mfu": flops / seconds / 2e12 / 0.9}
+        if self.step % every == 0 or self.step == 1:
+            for i, group in enumerate(NORM_GROUPS):
+                if group != "dense_mlp":
+                    record[f"grad_norm_{group}"] = 0.1 * (i + 1) * self.rng.lognormal(0.0, 0.2)
+                    record[f"param_norm_{group}"] = (
+                        12.0 * (i + 1) + 1e-3 * self.step + 4 * self.stage * (group == "experts")
+                    )
+        return record
 
     def _load(self, even: float) -> dict[str, Any]:
         drawn: Callable[[Any], Any] = self.rng.dirichlet
@@ -144,6 +201,9 @@ def make_run(
     every: int = 10,
     seed: int = 0,
     ep_ranks: int = 1,
+    full: bool = False,
+    corpus: str = "runs/corpus/synthetic",
+    level: float = 2.1,
 ) -> RunFiles:
     """A run directory like a real one.
 
@@ -156,9 +216,12 @@ def make_run(
         every: steps between records of expert load; evaluations are five times rarer.
         seed: of everything.
         ep_ranks: expert-parallel ranks over which plans spread the copies of a family; 1 for none.
+        full: with every optional figure: times of the parts of a step, memory, FLOPs, norms, validation sets.
+        corpus: what config.yaml says was trained on.
+        level: loss that the first stage would end at after endless training.
     """
-    maker = _Maker(run_dir, stages, layers, greedy, seed, ep_ranks)
-    maker.start()
+    maker = _Maker(run_dir, stages, layers, greedy, seed, ep_ranks, full, level)
+    maker.start(corpus)
     for i, (steps, experts) in enumerate(stages):
         if i:
             maker.expand(experts)
