@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.errors import ConfigError
-from train.compare_facts import doubts_about
+from train.compare_facts import alike, doubts_about
 from train.report_columns import Floats
 from train.report_data import RunRecord, load_run
 
@@ -154,14 +154,13 @@ def compare_runs(
         Arm(name, record, {TOKENS: record.columns["tokens"], **({COMPUTE: flops[name]} if flops else {})})
         for name, record in zip(names, records, strict=True)
     ]
-    doubts, alike = doubts_about({arm.label: arm.record for arm in arms})
     common = {axis: min(float(arm.costs[axis][-1]) for arm in arms) for axis in arms[0].costs}
     return Comparison(
         arms=arms,
         common=common,
         flops_source=source,
-        doubts=doubts,
-        closures=[_closure(trio, common[TOKENS], alike) for trio in _trios(arms, run_dirs, roles)],
+        doubts=doubts_about({arm.label: arm.record for arm in arms}),
+        closures=[_closure(trio, common[TOKENS]) for trio in _trios(arms, run_dirs, roles)],
     )
 
 
@@ -272,7 +271,7 @@ def _named(name: str, role: str, arms: list[Arm], run_dirs: Sequence[Path]) -> A
     raise ConfigError(f"--{role} {name}: not among the runs: use one of {', '.join(arm.label for arm in arms)}")
 
 
-def _closure(trio: tuple[Arm, Arm, Arm], tokens: float, alike: bool) -> Closure:
+def _closure(trio: tuple[Arm, Arm, Arm], tokens: float) -> Closure:
     """(L_small - L_grown) / (L_small - L_large) at equal tokens (arXiv 2604.19835 v2, section 5)."""
     kind = "validation"
     losses = [validation_at(arm, TOKENS, tokens).loss for arm in trio]
@@ -283,7 +282,7 @@ def _closure(trio: tuple[Arm, Arm, Arm], tokens: float, alike: bool) -> Closure:
     closed, reason = None, ""
     if small is None or grown is None or large is None:
         reason = "not all three runs have a loss there"
-    elif not alike:
+    elif not alike([arm.record for arm in trio]):
         reason = "their losses are not of the same tokens (see above)"
     elif small <= large:
         reason = f"the larger fixed run is not ahead of the small one ({large:.4f} and {small:.4f})"

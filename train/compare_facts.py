@@ -2,10 +2,10 @@
 
 The facts are in config.yaml and the events; the tokenizer is in the manifest of the corpus, where that still lies on disk.
 
-Usage: `sentences, alike = doubts_about({"a": record_a, "b": record_b})`
+Usage: `doubts_about({"a": record_a, "b": record_b})`
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,44 +34,58 @@ class Facts:
     validation: str | None
 
 
-def doubts_about(records: Mapping[str, RunRecord]) -> tuple[list[str], bool]:
-    """What makes the losses of these runs hard to compare.
+# Name of the fact that differs, and what that means.
+_MEANING = {
+    "tokenizer": ("Tokenizers differ", "a loss per token of one says nothing about the other"),
+    "corpora": ("Corpora differ", "neither training nor validation is on the same text"),
+    "context": ("Sequence lengths differ", "a longer context lowers the loss by itself"),
+    "validation": ("Validation differs", "the validation losses are not of the same tokens"),
+}
 
-    Args:
-        records: of the runs, by label.
 
-    Returns:
-        Sentences, empty if nothing is known against it; and whether the runs have losses of the same tokens, as far as
-        they tell.
-    """
-    facts = {label: _facts(record) for label, record in records.items()}
-    checks: list[tuple[str, Callable[[Facts], str | None], str]] = [
-        ("Tokenizers differ", lambda f: f.tokenizer, "a loss per token of one says nothing about the other"),
-        ("Corpora differ", lambda f: f.corpora, "neither training nor validation is on the same text"),
-        ("Sequence lengths differ", lambda f: f.context, "a longer context lowers the loss by itself"),
-        ("Validation differs", lambda f: f.validation, "the validation losses are not of the same tokens"),
-    ]
+def doubts_about(records: Mapping[str, RunRecord]) -> list[str]:
+    """What makes the losses of these runs, by label, hard to compare: a sentence each, none if nothing is known."""
+    facts = {label: facts_of(record) for label, record in records.items()}
     doubts = []
-    for what, read, so in checks:
-        told = {label: value for label, fact in facts.items() if (value := read(fact)) is not None}
-        if len(set(told.values())) > 1:
-            listed = "; ".join(f"{label}: {value}" for label, value in told.items())
+    for name, (what, so) in _MEANING.items():
+        told = _told(facts, name)
+        if len(told) > 1:
+            listed = "; ".join(f"{', '.join(labels)}: {value}" for value, labels in told.items())
             doubts.append(f"{what}, so {so} ({listed}).")
-    alike = not doubts
-    if not any(doubt.startswith("Corpora") for doubt in doubts):
-        silent = [label for label, fact in facts.items() if fact.corpora is None]
-        if silent:
-            doubts.append(f"What {', '.join(silent)} trained on is not recorded (no data.corpus in config.yaml).")
+    silent = [label for label, fact in facts.items() if fact.corpora is None]
+    if silent:
+        doubts.append(f"What {', '.join(silent)} trained on is not recorded (no data.corpus in config.yaml).")
     for label, record in records.items():
         if record.steps_S[0] > 1:
             doubts.append(
                 f"{label} begins at step {record.steps_S[0]:,.0f}, from a checkpoint of another run: what that had cost "
                 "is taken from its token count and the cost of its first step here."
             )
-    return doubts, alike
+    return doubts
 
 
-def _facts(record: RunRecord) -> Facts:
+def alike(records: Sequence[RunRecord]) -> bool:
+    """Whether the losses of these runs are of the same tokens, as far as the runs tell."""
+    facts = {str(i): facts_of(record) for i, record in enumerate(records)}
+    return all(len(_told(facts, name)) < 2 for name in _MEANING)
+
+
+def _told(facts: Mapping[str, Facts], name: str) -> dict[str, list[str]]:
+    """The values that the runs tell of a fact, each with the runs that do."""
+    told: dict[str, list[str]] = {}
+    for label, fact in facts.items():
+        value = getattr(fact, name)
+        if value is not None:
+            told.setdefault(value, []).append(label)
+    return told
+
+
+def facts_of(record: RunRecord) -> Facts:
+    """What a run tells of its data.
+
+    Raises:
+        DataError: its config.yaml is not YAML.
+    """
     data = _section(_config(record), "data")
     parts = data.get("blend") or ([{"prefix": data["corpus"]}] if data.get("corpus") else [])
     shares = [(str(part.get("prefix")), float(part.get("weight", 1.0))) for part in parts if isinstance(part, dict)]

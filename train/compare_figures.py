@@ -194,7 +194,7 @@ def _switches(comparison: Comparison) -> list[_Switch]:
             tokens = arm.cost_at(TOKENS, expansion.position)
             if all(abs(tokens - other.tokens) > 0.5 * other.half for other in found):
                 found.append(_Switch(arm, expansion, tokens, half))
-    return found[:MAX_ZOOMS]
+    return sorted(found[:MAX_ZOOMS], key=lambda switch: switch.tokens)
 
 
 def _draw_zooms(comparison: Comparison, canvas: Canvas) -> Any:

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from parallel.errors import CoppiceError
 from train.compare import run_command
-from train.report_data import load_run
+from train.report_data import RunRecord, load_run
 from train.report_figures import draw_all
 from train.report_files import publish, refuse_bad_target
 from train.report_html import page
 from train.report_text import summary_lines as record_lines
-from train.run_files import RunFiles
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
@@ -36,8 +35,11 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     Raises:
         DataError: no such run, no step yet, a broken line in its files, or the page cannot be written.
     """
-    record = load_run(Path(run_dir))
-    target = Path(output) if output is not None else RunFiles(run_dir).report
+    return _write(load_run(Path(run_dir)), output)
+
+
+def _write(record: RunRecord, output: Path | None) -> Path:
+    target = Path(output) if output is not None else record.files.report
     refuse_bad_target(target)
     figures = draw_all(record)
     return publish(target, figures, page(record, figures))
@@ -80,8 +82,10 @@ def _report(arguments: list[str]) -> list[str]:
         help="write the page here instead of RUN_DIR/report.html; figures go to the folder of the same name",
     )
     options = parser.parse_args(arguments)
-    target = write_report(options.run_dir, options.output)
-    return [*summary_lines(options.run_dir), f"written: {target}"]
+    # Read once: that is half of the work for a long run.
+    record = load_run(options.run_dir)
+    target = _write(record, options.output)
+    return [*record_lines(record), f"written: {target}"]
 
 
 if __name__ == "__main__":

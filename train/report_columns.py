@@ -6,6 +6,7 @@ Usage: `steps_S, columns = load_columns(RunFiles(run_dir))`
 """
 
 import itertools
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def load_columns(files: RunFiles) -> tuple[Floats, dict[str, Floats]]:
     records = numbered_records(files.metrics)
     while block := list(itertools.islice(records, 10_000)):
         try:
-            blocks.append(np.array([[*map(record.get, keys)] for _, record in block], dtype=np.float64))
+            blocks.append(_table([record for _, record in block], keys))
         except (TypeError, ValueError):
             raise _bad_metric(files, block, keys) from None
         if not np.isfinite(blocks[-1][:, 0]).all():
@@ -75,6 +76,22 @@ def load_columns(files: RunFiles) -> tuple[Floats, dict[str, Floats]]:
     table = table[np.append(table[1:, 0] != table[:-1, 0], True)]
     columns = {key: np.ascontiguousarray(table[:, i]) for i, key in enumerate(keys)}
     return columns.pop("step"), columns
+
+
+def _table(records: list[dict[str, Any]], keys: tuple[str, ...]) -> Floats:
+    """The values of these keys, a row per record. Records with the same keys, nearly all of a run, are read together."""
+    table = np.full((len(records), len(keys)), np.nan)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for row, record in enumerate(records):
+        alike.setdefault(tuple(record), []).append(row)
+    for present, rows in alike.items():
+        columns = [i for i, key in enumerate(keys) if key in present]
+        if columns:
+            # The first key twice: for a single one, itemgetter would not give a tuple.
+            read = itemgetter(keys[columns[0]], *(keys[i] for i in columns))
+            values = np.array([read(records[row]) for row in rows], dtype=np.float64)
+            table[np.ix_(rows, columns)] = values[:, 1:]
+    return table
 
 
 def step_parts(columns: dict[str, Floats]) -> dict[str, Floats]:

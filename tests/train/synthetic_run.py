@@ -62,12 +62,17 @@ class _Maker:
         self.event(
             "start",
             num_experts=self.experts,
-            parameters_total=1_200_000 + 98_304 * self.experts * self.layers,
-            parameters_active=1_400_000,
+            **self._sizes(),
             world_size=2,
             layout={"tensor": 1, "pipeline": 1, "expert": 2, "data": 2},
             versions={"coppice": "0.1.0", "torch": "2.13.0", "megatron-core": "0.16.1", "python": "3.11.2"},
         )
+
+    def _sizes(self) -> dict[str, int]:
+        return {
+            "parameters_total": 1_200_000 + 98_304 * self.experts * self.layers,
+            "parameters_active": 1_400_000 + 64 * self.experts,
+        }
 
     def checkpoint(self, name: str) -> None:
         (self.files.checkpoints / name).mkdir()
@@ -119,6 +124,7 @@ class _Maker:
             valid_loss_after=loss + JUMP,
             pause_seconds=2.31,
             seconds=SECONDS,
+            **self._sizes(),
         )
         parents = [layer["parents"] for layer in plan["layers"]]
         self.popularity = [
