@@ -14,7 +14,7 @@ PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup corpus demo test test-slow test-slurm test-faults test-latest check bench gpu-check study-small report clean
+.PHONY: help setup corpus demo test test-slow test-slurm test-faults test-latest check bench gpu-check study-small report compare clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -85,6 +85,10 @@ study-small: setup corpus  ## fixed E, grown, and fixed mE at the same tokens: g
 
 report: setup  ## redraw RUN/report.html
 	$(BIN)/python -m train.report $(RUN)
+
+compare: setup  ## hold RUNS="runs/a runs/b" against each other in comparison.html
+	@test -n "$(RUNS)" || { echo 'error: name the runs: make compare RUNS="runs/a runs/b"' >&2; exit 1; }
+	$(BIN)/python -m train.report compare $(RUNS)
 
 clean:  ## remove environments and caches, never runs
 	rm -rf $(VENV) $(VENV312) .pytest_cache .mypy_cache .ruff_cache *.egg-info

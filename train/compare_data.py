@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, DataError
 from train.compare_facts import alike, doubts_about
 from train.report_columns import Floats
 from train.report_data import RunRecord, load_run
@@ -148,7 +148,7 @@ def compare_runs(
     for path, record in zip(run_dirs, records, strict=True):
         tokens_S = record.columns["tokens"]
         if not np.isfinite(tokens_S).all() or not (np.diff(tokens_S) >= 0).all():
-            raise ConfigError(f"{path}: metrics.jsonl has steps without a rising token count: it cannot be compared")
+            raise DataError(f"{path}: metrics.jsonl has steps without a rising token count: it cannot be compared")
     flops, source = _all_flops(names, records)
     arms = [
         Arm(name, record, {TOKENS: record.columns["tokens"], **({COMPUTE: flops[name]} if flops else {})})

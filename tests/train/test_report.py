@@ -16,9 +16,11 @@ import pytest
 from parallel.errors import DataError
 from tests.train.synthetic_run import TOKENS_PER_STEP, make_run
 from train.report import main, summary_lines, write_report
+from train.report_columns import step_parts
 from train.report_data import load_run
 from train.report_html import page
 from train.report_load import family_bands
+from train.report_loss import loss_before, set_names
 from train.report_plot import envelope, moving_mean
 from train.run_files import RunFiles
 
@@ -30,8 +32,11 @@ SHAPES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"loss", "family_tree", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
     ),
     "several": (
-        {"stages": [(60, 4), (50, 6), (50, 18)], "layers": 6, "greedy": True},
-        {"loss", "family_tree", "expert_load_map", "expert_load", "divergence", "optimizer", "throughput"},
+        {"stages": [(60, 4), (50, 6), (50, 18)], "layers": 6, "greedy": True, "full": True},
+        {
+            *("loss", "validation_sets", "family_tree", "expert_load_map", "expert_load", "divergence", "optimizer"),
+            *("norms", "throughput", "step_time", "memory"),
+        },
     ),
     "no_expansion": (
         {"stages": [(80, 4)]},
@@ -126,6 +131,52 @@ def test_the_numbers_of_the_switch(switch_run: Path) -> None:
     assert f"at the end {record.evaluations[-1].valid_loss:.4f} (step 220)" in joined
     assert "pause             2.31 s" in joined
     assert str(switch_run / "report.html") in joined and str(switch_run / "checkpoints") in joined
+
+
+def test_the_numbers_of_optional_figures(tmp_path: Path) -> None:
+    """Parts of a step, memory, FLOPs, validation sets and spreads between siblings; a step without times is left out."""
+    files = make_run(tmp_path / "run", [(50, 4), (50, 8)], full=True)
+    metrics = files.read_metrics()
+    for key in ("data_seconds", "forward_backward_seconds", "all_to_all_seconds", "optimizer_seconds"):
+        metrics[3][key] = None
+    files.metrics.write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    record = load_run(files.run_dir)
+
+    parts = step_parts(record.columns)
+    assert np.isnan([part[3] for part in parts.values()]).all()
+    timed = np.arange(100) != 3
+    assert sum(parts.values())[timed] == pytest.approx(record.columns["step_seconds"][timed])
+    rows = [row for row in metrics[:50] if row["step"] != 4]
+    first = record.stages[0].part_seconds
+    passes = np.mean([row["forward_backward_seconds"] - row["all_to_all_seconds"] for row in rows])
+    assert first["forward, backward"] == pytest.approx(passes)
+    assert first["other"] == pytest.approx(0.05 * np.mean([row["step_seconds"] for row in rows]))
+    assert record.stages[1].memory_bytes == max(row["memory_bytes"] for row in metrics[50:])
+    assert record.stages[1].mfu == pytest.approx(np.median([row["mfu"] for row in metrics[50:]]))
+
+    assert set_names(record) == ["general", "domain"]
+    before, after = (e for e in record.evaluations if e.step == 50)
+    assert before.spreads == {} and set(after.spreads) == {
+        *("sibling_divergence", "sibling_moment_divergence", "routing_agreement")
+    }
+    assert loss_before(record, "general") == before.sets["general"]["loss"]
+    end = record.evaluations[-1].sets["general"]
+    text = page(record, [])
+    cells = [before.sets["general"]["loss"], after.sets["general"]["loss"], end["loss"]]
+    row = "".join(f'<td class="n">{loss:.4f}</td>' for loss in cells)
+    change = f'<td class="n">{end["loss"] - cells[0]:+.4f}</td><td class="n">{end["perplexity"]:.3g}</td>'
+    assert f'<td class="t">general</td>{row}{change}<td class="n">{end["bits_per_byte"]:.4g}</td>' in text
+    shares = [first[name] / sum(first.values()) for name in ("forward, backward", "other")]
+    assert f"{100 * shares[0]:.0f} % (" in text and f"{100 * shares[1]:.1f} % (" in text
+    assert "TFLOP/s" in text and "peak memory" in text
+
+
+def test_a_run_without_optional_figures_mentions_none(switch_run: Path) -> None:
+    record = load_run(switch_run)
+    assert step_parts(record.columns) == {} and set_names(record) == []
+    text = (switch_run / "report.html").read_text()
+    for word in ("TFLOP", "MFU", "peak memory", "Validation sets", "Where a step", "all-to-all", "first moments"):
+        assert word not in text, word
 
 
 def test_the_same_run_gives_the_same_bytes(switch_run: Path) -> None:
