@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 
 from train.report_columns import NORM_GROUPS
 from train.report_data import RunRecord
@@ -238,8 +238,11 @@ def draw_norms(record: RunRecord, canvas: Canvas) -> Any:
             # A lone spike of a gradient leaves the axis rather than flatten it.
             set_limits(axis, means, np.quantile(values[np.isfinite(values)], [0.005, 0.995]))
             axis.yaxis.set_major_locator(MaxNLocator(3))
-            axis.yaxis.set_major_formatter(FuncFormatter(_small_text))
-            axis.set_title(f"{group.replace('_', ' ')}: {_NORM_WORDS[kind]}")
+            # Weights change by little: every digit that tells ticks apart, and no offset to add in one's head.
+            digits = ScalarFormatter(useOffset=False)
+            digits.set_powerlimits((-4, 5))
+            axis.yaxis.set_major_formatter(digits)
+            axis.set_title(f"{group.replace('_', ' ')}: {_NORM_WORDS[kind]}", fontsize=8)
             step_axis(axis, record, canvas, ticks=5)
             mark_expansions(axis, record.expansions)
     share_steps(axes, len(groups))

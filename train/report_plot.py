@@ -206,7 +206,8 @@ def curve(
     window = smooth_window(record) if window is None else window
     means = stage_means(record, values, window)
     for i, stage in enumerate(record.stages):
-        rows = np.arange(stage.start, stage.stop)
+        # Steps without a value are passed over: some metrics are recorded now and then only.
+        rows = stage.start + np.flatnonzero(np.isfinite(values[stage.start : stage.stop]))
         if inside is not None:
             rows = rows[(record.steps_S[rows] >= inside[0]) & (record.steps_S[rows] <= inside[1])]
         if not len(rows):

@@ -28,7 +28,7 @@ from train.report_plot import (
 PART_STYLES = {
     "forward, backward": ("#2f5d48", ""),
     "all-to-all": ("#8fb3a0", "/////"),
-    "optimizer": ("#d9a577", "...."),
+    "optimizer": ("#e5c19d", "...."),
     "data": ("#f2e3d3", "xxxxx"),
     "other": ("#f7f8f8", ""),
 }

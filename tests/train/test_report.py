@@ -21,7 +21,7 @@ from train.report_data import load_run
 from train.report_html import page
 from train.report_load import family_bands
 from train.report_loss import loss_before, set_names
-from train.report_plot import envelope, moving_mean
+from train.report_plot import WIDE, curve, envelope, mean_line, moving_mean, new_figure
 from train.run_files import RunFiles
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -267,6 +267,24 @@ def test_replicas_lie_in_the_band_of_their_parent() -> None:
     assert family_bands([2, 4], [[1, 0, 1, 0]])[1].experts == [1, 3, 0, 2]
     assert family_bands([2, 4], [None])[1].edges == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert family_bands([2, 4], [[0, 0, 0, 7]])[1].experts == [0, 1, 2, 3]
+
+
+def test_a_metric_of_some_steps_is_one_line(tmp_path: Path) -> None:
+    """Recorded every tenth step, far apart for the moving mean: still joined, and not across the switch."""
+    files = make_run(tmp_path / "run", [(60, 4), (60, 8)])
+    metrics = files.read_metrics()
+    for row in metrics:
+        row["router_entropy"] = row["step"] / 1000 if row["step"] % 10 == 0 else None
+    files.metrics.write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    record = load_run(files.run_dir)
+    axis = new_figure(WIDE, 2.0).subplots()
+    curve(axis, record, "router_entropy", window=3)
+    mean_line(axis, record, "router_entropy")
+    lines = [line.get_xdata().tolist() for line in axis.lines]
+    # The raw curve and its mean in each stage, then the mean alone.
+    first, second = [10, 20, 30, 40, 50, 60], [70, 80, 90, 100, 110, 120]
+    assert lines == [first, first, second, second, first, second]
+    assert all(np.isfinite(line.get_ydata()).all() for line in axis.lines)
 
 
 def test_thinning_keeps_every_spike() -> None:
