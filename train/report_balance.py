@@ -52,8 +52,8 @@ BALANCE = (
         ("router_entropy",),
         "entropy of the router / log E",
         1.0,
-        "Entropy of the router: that of its probabilities for a token divided by log E, mean over tokens and layers (no "
-        "unit; 1 = undecided, 0 = certain). It shall fall as experts specialise. ",
+        "Entropy of the router: that of its scores for a token divided by log E, mean over tokens and layers (no unit; "
+        "1 = undecided, 0 = certain); it falls as experts specialise. ",
     ),
     Panel(
         ("dead_experts",),
@@ -66,7 +66,7 @@ BALANCE = (
         "selection bias, largest and smallest",
         0.0,
         "Selection bias: the largest (dashed) and smallest (dotted) that load balancing has given an expert of any "
-        "layer, in units of the router's score. ",
+        "layer, to be added to its score. ",
     ),
 )
 _RANGE_STYLES = {

@@ -144,7 +144,7 @@ def step_time_caption(record: RunRecord) -> str:
         "forward, backward": "forward and backward pass"
         + (" without the exchange of tokens" if "all-to-all" in parts else ""),
         "all-to-all": "exchange of tokens between expert-parallel ranks, within the forward and backward pass",
-        "optimizer": "optimizer: reduction of gradients, clipping, update",
+        "optimizer": "optimizer: clipping, update, gathering the new weights",
         "data": "waiting for the batch",
         "other": "the rest of the step",
     }
@@ -178,7 +178,7 @@ def draw_memory(record: RunRecord, canvas: Canvas) -> Any:
 def memory_caption(record: RunRecord) -> str:
     """What the memory figure shows."""
     return (
-        "Peak memory of the fullest rank since the step before: what the allocator of its GPU held at most, or on CPU the "
-        "resident set of its process. A switch raises it with the parameters, gradients and optimizer state of the new "
+        "Memory of the fullest rank: on a GPU the most that was held since the measurement before, on CPU what its process "
+        "holds. A switch raises it with the parameters, gradients and optimizer state of the new "
         "experts, unless the new stage spreads them over more ranks."
     )
