@@ -3,6 +3,7 @@
 Legend of shape suffixes: R recorded steps, E experts of one stage.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def load_map_png(run_dir: Path) -> bytes | None:
         DataError: as `load_run`.
     """
     record = load_run(run_dir)
-    return render(record, WIDE, draw_load_map) if record.loads else None
+    return render(partial(draw_load_map, record), WIDE) if record.loads else None
 
 
 def draw_load_map(record: RunRecord, canvas: Canvas) -> Any:
