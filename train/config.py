@@ -11,6 +11,7 @@ from pathlib import Path
 from model.config import ModelConfig, divides, one_of, positive
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
+from train.profile_config import ProfileConfig
 from upcycle.config import UpcycleConfig
 from upcycle.course import Course
 
@@ -308,6 +309,7 @@ class RunSettings:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
 
     def check(self, world_size: int) -> None:
@@ -318,6 +320,7 @@ class RunSettings:
         """
         self._check_layout(world_size, self.parallel, _first_keys())
         self.check_schedule(0)
+        self.profile.check(self.run.steps, world_size)
         self.upcycle.check_triggers()
         saves_before = self.upcycle.save_before or self.upcycle.path == "checkpoint"
         self.upcycle.guard.check(saves_before, self.evaluation.interval_steps is not None)

@@ -402,7 +402,7 @@ class Persistence:
                 self.save_unless_saved()
             return
         began = time.perf_counter()
-        with self._may_fail():
+        with self._may_fail(), run.watchdog.act(f"copying for a save after step {run.step}"):
             self._task = self._begin(copy=True)
             self._task.start()
         if self._task is not None:

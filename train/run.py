@@ -28,8 +28,10 @@ from train.data import DataStream, shares_of
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
 from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
+from train.named import named
 from train.observation import Observer
 from train.persistence import Persistence
+from train.profile import Profiler
 from train.record import record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
@@ -90,6 +92,7 @@ class Run:
         self.rollbacks = 0
         # Watches nothing until the job starts it.
         self.watchdog = Watchdog()
+        self.profiler = Profiler(self)
         # Checkpoints that were passed over at the start, and why.
         self.skipped: list[dict[str, str]] = []
         # Keeps other jobs off the run directory.
@@ -326,8 +329,10 @@ class Run:
                 watch(self)
             while self.step < run.steps:
                 if self.expansion_due():
-                    expand(self)
-                stopping = self._one_step()
+                    with named("the switch"):
+                        expand(self)
+                with self.profiler.step(self.step + 1):
+                    stopping = self._one_step()
                 self._evaluate_if_due()
                 watch(self)
                 self.persistence.save_if_due(self._all_written)
@@ -461,6 +466,7 @@ class Run:
         tell_status(self, "running")
 
     def _finish(self, reason: str) -> str:
+        self.profiler.end()
         self.watchdog.begin("the end of the run")
         self.persistence.settle()
         if self.step and (self.settings.checkpoint.save_final or reason != "finished"):
@@ -480,6 +486,7 @@ class Run:
     def close(self) -> None:
         """End the threads of this run."""
         self.console.close()
+        self.profiler.abandon()
         self.persistence.abandon()
         self.tracker.close()
         if hasattr(self, "data"):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from train.named import named
+
 # The parts of a step, in order; all_to_all happens inside forward_backward.
 PARTS = ("data", "forward_backward", "all_to_all", "optimizer")
 
@@ -41,9 +43,10 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what happens inside as part `name`."""
+        """Count what happens inside as part `name`, which is its name in traces too."""
         begin = self.mark()
-        yield
+        with named(name):
+            yield
         self.add(name, begin)
 
     def take(self) -> dict[str, float]:
@@ -74,7 +77,8 @@ class StepClock:
             if not of.training:
                 return call(tokens, *arguments)
             begin = self.mark()
-            result = call(tokens, *arguments)
+            with named("all_to_all"):
+                result = call(tokens, *arguments)
             self.add("all_to_all", begin)
             received = result[0] if isinstance(result, tuple) else result
             if received.requires_grad and tokens.requires_grad and received is not tokens:

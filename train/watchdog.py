@@ -33,6 +33,7 @@ import psutil  # type: ignore[import-untyped]
 
 from parallel.errors import LaunchError
 from parallel.heartbeat import Board, BoardLostError, board_keeper, lost_connection
+from train.named import named
 from train.signs import SILENT, Blame, Sign, describe, find_culprits, look_at, raised_at
 from train.status import tell_failure
 
@@ -87,10 +88,11 @@ class Watchdog:
 
     @contextlib.contextmanager
     def act(self, what: str) -> Iterator[None]:
-        """Name what goes on inside; after an error the name stays, for whoever explains it."""
+        """Name what goes on inside, in traces too; after an error the name stays, for whoever explains it."""
         outer = self._doing
         self.begin(what)
-        yield
+        with named(what):
+            yield
         self.begin(outer)
 
     # ---- beginning and end ------------------------------------------------------------------------------------------
