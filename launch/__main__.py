@@ -13,6 +13,7 @@ _COMMANDS = {
     "plan": "memory, traffic, checkpoints and FLOPs of a run, without a GPU",
     "preflight": "checks of machine, settings and files before a run",
     "slurm": "a job of SLURM, submitted with sbatch",
+    "sweep": "how the points of a sweep stand",
 }
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TextIO
 
 from launch.environment import DEFAULTS
+from launch.sweep import Ended, add_flag, plan_sweep, run_sweep
 from parallel.errors import LaunchError
+from train.config import RunSettings
 from train.console import wants_panel
 from train.run_files import RunFiles
 from train.settings import load_settings
@@ -34,12 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m launch local`."""
     parser.add_argument("--processes", type=int, required=True, help="processes to start (one per GPU where there are)")
     parser.add_argument("--port", type=int, help="rendezvous port; a free one by default")
+    add_flag(parser)
     parser.add_argument("overrides", nargs="*", help="settings, as for `python -m train`")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out `python -m launch local`."""
-    return run_local(arguments.processes, arguments.port, arguments.overrides)
+    processes, port = arguments.processes, arguments.port
+    if not arguments.multirun:
+        return run_local(processes, port, arguments.overrides)
+    _check(processes, port)
+    sweep = plan_sweep(arguments.overrides, processes)
+    return run_sweep(sweep, lambda point: run_ranks(processes, port, list(point.overrides), point.settings))
 
 
 def check_port(port: int) -> None:
@@ -102,7 +110,7 @@ def relay(lines: Iterable[str], out: TextIO) -> int:
 
 
 def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
-    """Start the ranks and wait for them; a stop signal is passed on once.
+    """Check a run, start its ranks and wait for them.
 
     Returns:
         0, or the exit code of the first rank that failed.
@@ -110,11 +118,19 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
     Raises:
         CoppiceError: if the settings or the port cannot be used; nothing was started.
     """
+    _check(processes, port)
+    return run_ranks(processes, port, overrides, load_settings(overrides, world_size=processes)).code
+
+
+def _check(processes: int, port: int | None) -> None:
     if processes < 1:
         raise LaunchError(f"--processes={processes} must be 1 or more")
-    settings = load_settings(overrides, world_size=processes)
     if port is not None:
         check_port(port)
+
+
+def run_ranks(processes: int, port: int | None, overrides: list[str], settings: RunSettings) -> Ended:
+    """Start the ranks of a run that has been checked, and wait for them; a stop signal is passed on once."""
     environment = DEFAULTS | dict(os.environ)
     # A session of its own: Ctrl-C reaches this process alone, which passes it on.
     agent = subprocess.Popen(
@@ -130,8 +146,7 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
             agent.send_signal(signal.SIGTERM)
         asked.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     assert agent.stderr is not None
     code = relay(agent.stderr, sys.stderr)
     status = agent.wait()
@@ -140,8 +155,10 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
         from train.panel import RESTORE
 
         print(RESTORE, end="", flush=True)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if status and asked and _stopped_as_asked(Path(settings.run.dir)):
-        return 0
+        return Ended(0, asked=True)
     if code > 128:
         # A killed rank has no last word of its own.
         print(
@@ -149,7 +166,7 @@ def run_local(processes: int, port: int | None, overrides: list[str]) -> int:
             "command goes on from the newest checkpoint",
             file=sys.stderr,
         )
-    return (code or 1) if status else 0
+    return Ended((code or 1) if status else 0, asked=bool(asked))
 
 
 def _stopped_as_asked(run_dir: Path) -> bool:

@@ -11,9 +11,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.slurm_script import SlurmJob, render
+from launch.sweep import add_flag, plan_sweep
 from parallel.errors import DataError, LaunchError
 from train.run_files import make_directory
 from train.settings import load_settings
@@ -63,34 +65,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requeues in a row in which no checkpoint is made (default 2)")  # fmt: skip
     add("--chain", type=int, metavar="N", help="N jobs, each after the other, instead of requeueing one")
     add("--sbatch-option", action="append", default=[], metavar="NAME[=VALUE]", help="any other; may be repeated")
+    add_flag(parser)
     add("--dry-run", action="store_true", help="print the script, write and submit nothing")
     add("overrides", nargs="*", help="settings, as for `python -m train`")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out `python -m launch slurm`."""
+    if arguments.multirun:
+        return _submit_sweep(arguments)
     job = plan_job(arguments, Path.cwd())
-    jobs = arguments.chain or 1
-    script = job.run_dir / SCRIPT
+    length = arguments.chain or 1
     if arguments.dry_run:
         print(render(job), end="")
-        for i in range(jobs):
-            print("#", shlex.join(sbatch_command(script, "FIRST" if i else None, "PREVIOUS")))
+        _print_commands(job, length)
         return 0
+    _need_sbatch()
+    ids = " ".join(submit_job(job, length))
+    ranks = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes} = {job.nodes * job.processes} ranks"
+    print(f"submitted {ids} ({ranks}); script {job.run_dir / SCRIPT}, log {job.output}; end with scancel {ids}")
+    return 0
+
+
+def _submit_sweep(arguments: argparse.Namespace) -> int:
+    """Submit a job, or a chain, for every point of a sweep that has not finished; all are checked before the first."""
+    _check_numbers(arguments)
+    _, processes = _sizes(arguments.gpus_per_node, arguments.processes_per_node)
+    sweep = plan_sweep(arguments.overrides, arguments.nodes * processes)
+    left = [point for point in sweep.points if not point.finished()]
+    jobs = [
+        plan_job(argparse.Namespace(**vars(arguments) | {"overrides": list(p.overrides)}), Path.cwd()) for p in left
+    ]
+    length = arguments.chain or 1
+    passed = (
+        f", {len(sweep.points) - len(left)} of them finished and passed over" if len(left) < len(sweep.points) else ""
+    )
+    if arguments.dry_run:
+        print(f"# {len(sweep.points)} points{passed}; the script of each differs in its folder and its overrides:")
+        if jobs:
+            print(render(jobs[0]), end="")
+        for job in jobs:
+            _print_commands(job, length)
+        return 0
+    _need_sbatch()
+    sweep.write()
+    submitted: list[str] = []
+    for job in jobs:
+        ids = submit_job(job, length, submitted)
+        print(f"{job.run_dir.name}: submitted {' '.join(ids)}")
+        submitted += ids
+    print(
+        f"{len(sweep.points)} points in {sweep.folder}{passed}; how they stand: python -m launch sweep {sweep.folder}"
+    )
+    if submitted:
+        print(f"end them all with scancel {' '.join(submitted)}")
+    return 0
+
+
+def _need_sbatch() -> None:
     if shutil.which("sbatch") is None:
         raise LaunchError("sbatch is not on the PATH: submit from a node of the cluster, or use --dry-run")
+
+
+def _print_commands(job: SlurmJob, length: int) -> None:
+    for i in range(length):
+        print("#", shlex.join(sbatch_command(job.run_dir / SCRIPT, "FIRST" if i else None, "PREVIOUS")))
+
+
+def submit_job(job: SlurmJob, length: int, before: Sequence[str] = ()) -> list[str]:
+    """Write the script of a run and submit it.
+
+    Args:
+        job: the run.
+        length: jobs of its chain.
+        before: ids of what this command has submitted already, for the message of a refusal.
+
+    Returns:
+        Ids of the jobs.
+
+    Raises:
+        CoppiceError: if the script cannot be written, or sbatch refuses.
+    """
+    script = job.run_dir / SCRIPT
     make_directory(job.run_dir)
     try:
         script.write_text(render(job))
     except OSError as e:
         raise DataError(f"{script}: cannot write ({e.strerror}): free space or check permissions") from None
     submitted: list[str] = []
-    for _ in range(jobs):
-        submitted.append(_submit(script, submitted))
-    ids = " ".join(submitted)
-    ranks = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes} = {job.nodes * job.processes} ranks"
-    print(f"submitted {ids} ({ranks}); script {script}, log {job.output}; end with scancel {ids}")
-    return 0
+    for _ in range(length):
+        submitted.append(_submit(script, submitted, before))
+    return submitted
 
 
 def plan_job(arguments: argparse.Namespace, folder: Path) -> SlurmJob:
@@ -104,13 +169,7 @@ def plan_job(arguments: argparse.Namespace, folder: Path) -> SlurmJob:
         CoppiceError: naming the option or key, its value and the remedy.
     """
     given = arguments
-    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("processes_per_node", 1), ("cpus_per_task", 1), ("grace", 1),
-                        ("max_restarts_without_progress", 0), ("chain", 1), ("port", 1024)):  # fmt: skip
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise LaunchError(f"--{name.replace('_', '-')}={value} must be {least} or more")
-    if given.port is not None and given.port > 65535:
-        raise LaunchError(f"--port={given.port} is no port: use 1024 to 65535, or leave it out")
+    _check_numbers(given)
     gpus, processes = _sizes(given.gpus_per_node, given.processes_per_node)
     if given.grace > 65535:
         raise LaunchError(f"--grace={given.grace} is more than SLURM takes: use 65535 seconds or less")
@@ -136,6 +195,17 @@ def plan_job(arguments: argparse.Namespace, folder: Path) -> SlurmJob:
     )  # fmt: skip
     _check_lines(job)
     return job
+
+
+def _check_numbers(given: argparse.Namespace) -> None:
+    """Refuse options that are out of range."""
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("processes_per_node", 1), ("cpus_per_task", 1), ("grace", 1),
+                        ("max_restarts_without_progress", 0), ("chain", 1), ("port", 1024)):  # fmt: skip
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise LaunchError(f"--{name.replace('_', '-')}={value} must be {least} or more")
+    if given.port is not None and given.port > 65535:
+        raise LaunchError(f"--port={given.port} is no port: use 1024 to 65535, or leave it out")
 
 
 def time_limit_seconds(text: str) -> int | None:
@@ -173,14 +243,15 @@ def sbatch_command(script: Path, first: str | None, previous: str) -> list[str]:
     return ["sbatch", "--parsable", f"--dependency=afterany:{previous}", str(script), first]
 
 
-def _submit(script: Path, submitted: list[str]) -> str:
+def _submit(script: Path, submitted: list[str], before: Sequence[str]) -> str:
     """Submit the next job of a chain; its id."""
     command = sbatch_command(script, submitted[0] if submitted else None, submitted[-1] if submitted else "")
     answer = subprocess.run(command, capture_output=True, text=True)
     number = answer.stdout.strip().split(";")[0]
     if answer.returncode or not number:
         words = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in answer.stderr.splitlines())
-        left = f"; submitted before it: {' '.join(submitted)} (scancel ends them)" if submitted else ""
+        known = [*before, *submitted]
+        left = f"; submitted before it: {' '.join(known)} (scancel ends them)" if known else ""
         raise LaunchError(f"sbatch refuses: {words or f'exit code {answer.returncode}'}{left}")
     if answer.stderr.strip():
         print(answer.stderr.strip(), file=sys.stderr)

@@ -74,7 +74,11 @@ def main() -> int:
         overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
         for flag in ("-m", "--multirun"):
             if flag in arguments:
-                raise ConfigError(f"{flag} is not supported yet: start one run per setting")
+                # Each rank would expand the sweep by itself, inside one job.
+                raise ConfigError(
+                    f"{flag}: a sweep is started by the launcher: python -m launch local --processes N -m -- OVERRIDES, "
+                    "or python -m launch slurm ... -m -- OVERRIDES"
+                )
         if any(a.split("=")[0] in _HYDRA_FLAGS for a in arguments):
             # Hydra's own messages about a wrong key run over many lines; ours come first.
             to_settings(compose_settings(overrides))

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,10 +126,11 @@ class Profiler:
             self._publish("memory.pickle", torch.cuda.memory._dump_snapshot)
         if run.layout.rank == min(run.settings.profile.ranks):
             size, seconds = trace.stat().st_size / 2**20, time.perf_counter() - began
-            print(
+            # On rank 0 there may be a panel to print above.
+            say = run.console.say if run.layout.rank == 0 else partial(print, flush=True)
+            say(
                 f"step {run.step}: profile of {self._span} in {trace.parent}, "
-                f"{size:.1f} MiB per rank, written in {seconds:.1f} s",
-                flush=True,
+                f"{size:.1f} MiB per rank, written in {seconds:.1f} s"
             )
 
     def _publish(self, ending: str, write: Callable[[str], object]) -> Path:
