@@ -49,8 +49,8 @@ def test_a_trace_holds_its_steps_and_what_lies_between_and_changes_nothing(tmp_p
     names = _ranges(profiled / "profile" / "step-3-4" / "rank-1.trace.json.gz")
     assert [name for name in names if name.startswith("step ")] == ["step 3", "step 4"]
     assert names.count("data") == names.count("forward_backward") == 2 and names.count("optimizer") == 4
-    # Two layers, two exchanges each way, two micro-batches on each rank and step.
-    assert names.count("all_to_all") == 16
+    # Two layers, two exchanges in each, two micro-batches; in two steps and in two batches of scoring.
+    assert names.count("all_to_all") == 32
     switch = names.index("the switch")
     assert names.index("step 3") < names.index("evaluation after step 3") < switch < names.index("step 4")
     inside = names[switch : names.index("step 4")]
