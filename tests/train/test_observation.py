@@ -99,13 +99,15 @@ def test_routing_and_memory(runs: dict[str, Any]) -> None:
             for key in ("bias_min", "bias_max"):
                 noise = 1e-3 if step > 3 else 0
                 assert abs(figures[key] / 0.05 - round(figures[key] / 0.05)) * 0.05 <= noise + 1e-6, (name, step, key)
-            assert -0.3 < figures["bias_min"] <= 0 < figures["bias_max"] < 0.31
+            # Some have gone up at the first step and some down; later on that depends on the text.
+            assert -0.31 < figures["bias_min"] <= figures["bias_max"] < 0.31
+            assert step > 1 or figures["bias_min"] == -figures["bias_max"] == pytest.approx(-0.05)
             assert figures["memory_bytes"] > 100 << 20
             ordered = [figures[f"expert_load_{k}"] for k in ("min", "p10", "p50", "p90", "max")]
             assert ordered == sorted(ordered)
             assert figures["expert_load_min"] <= figures["expert_load_bottom"] <= figures["expert_load_top"]
-    # The same extremes in every layout.
-    assert runs["expert"][2]["bias_max"] == runs["alone"][2]["bias_max"]
+    # The same extremes in every layout, until rounding decides whether an expert is above the mean.
+    assert runs["expert"][1]["bias_max"] == runs["alone"][1]["bias_max"]
 
 
 def test_siblings_part_in_weights_moments_and_routing(runs: dict[str, Any]) -> None:
