@@ -80,6 +80,7 @@ def rank_main(options: argparse.Namespace, mode: str, folder: Path) -> None:
     prepare_megatron()
     from parallel.layout import Layout, join_job, leave_job
     from train.data import open_corpora
+    from train.evaluation import evaluate
     from train.expansion import expand
     from train.run import Run
     from train.settings import load_settings
@@ -100,7 +101,7 @@ def rank_main(options: argparse.Namespace, mode: str, folder: Path) -> None:
             saving = time.time()
             run.persistence.save_unless_saved()
             found["save_seconds"] = time.time() - saving
-        run.evaluate()
+        evaluate(run)
         with PeakMemory() as switching:
             expand(run)
         with PeakMemory() as training:

@@ -84,6 +84,7 @@ _UNITS = {
     "schedule.min_learning_rate": "-",
     "checkpoint.keep_last": "checkpoints",
     "evaluation.batches": "global batches",
+    "evaluation.sets[].batches": "global batches",
     "upcycle.stages[].at_step": "step number",
     "upcycle.stages[].factor": "-",
     "upcycle.stages[].num_experts": "experts",

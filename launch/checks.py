@@ -167,10 +167,12 @@ def check_gpus(gpus: Gpus, local_processes: int | None) -> list[Check]:
 
 
 def check_corpus(settings: RunSettings) -> list[Check]:
-    """Corpora that a run could open, and their tokenizer."""
+    """Corpora and validation sets that a run could open, and their tokenizer."""
     from train.data import open_corpora
+    from train.evaluation import open_sets
 
     corpora = open_corpora(settings.data)
+    open_sets(settings.evaluation, settings.data, corpora)
     manifest = corpora[0][1]
     manifest.tokenizer()
     tokens = sum(m.tokens("train") for _, m in corpora)

@@ -187,7 +187,7 @@ def _pieces(chunks: list[GPTModel], optimizer: Any, layout: Layout) -> Iterator[
         for tensor in chunk.state_dict(keep_vars=True).values():
             if tensor in slots:
                 yield slots.piece("weight", tensor, tensor, 0, sharded=False)
-    for view in optimizer_views(optimizer):
+    for view in optimizer_views(optimizer) if optimizer is not None else ():
         for name, tensor in view.tensors.items():
             yield slots.piece(name, view.param, tensor, view.start, sharded=view.sharded)
 
@@ -199,7 +199,7 @@ def take_fingerprints(
 
     Args:
         chunks: bare model chunks.
-        optimizer: their optimizer.
+        optimizer: their optimizer; None for weights and buffers alone.
         layout: the layout of both.
         error: what to raise where replicas disagree.
 

@@ -244,11 +244,7 @@ def load_tensors(
     plain_fp32 = all(isinstance(single, FP32Optimizer) for single in chained(optimizer))
     ignored = () if with_optimizer else (OPTIMIZER_PREFIX,)
     _refuse_difference(directory, missing, unexpected, (MASTER_PREFIX,) if plain_fp32 and with_optimizer else ignored)
-    for i, chunk in enumerate(chunks):
-        left = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        absent = [key for key in left.missing_keys if not key.endswith("_extra_state")] + left.unexpected_keys
-        if absent:
-            raise CheckpointError(f"checkpoint {directory} does not fit this model: {absent[0]} was not filled")
+    _fill(directory, chunks, loaded)
     if not with_optimizer:
         optimizer.reload_model_params()
         clear_moments(optimizer)
@@ -263,6 +259,31 @@ def load_tensors(
         else:
             _load_plain(single, tree)
     set_step(optimizer, step)
+
+
+def load_weights(directory: Path, chunks: list[GPTModel], layout: Layout) -> None:
+    """Load weights and buffers alone, saved under any layout; collective over all ranks.
+
+    Args:
+        directory: what `save_tensors` wrote; its optimizer state is not read.
+        chunks: bare model chunks to fill.
+        layout: the current layout.
+
+    Raises:
+        CheckpointError: naming the first key that the checkpoint lacks or that this model does not know.
+    """
+    loaded, missing, unexpected = load_sharded(model_state(chunks, layout), str(directory), strict=False)
+    _refuse_difference(directory, missing, unexpected, (OPTIMIZER_PREFIX,))
+    _fill(directory, chunks, loaded)
+
+
+def _fill(directory: Path, chunks: list[GPTModel], loaded: dict[str, Any]) -> None:
+    """Copy loaded weights and buffers into the chunks."""
+    for i, chunk in enumerate(chunks):
+        left = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+        absent = [key for key in left.missing_keys if not key.endswith("_extra_state")] + left.unexpected_keys
+        if absent:
+            raise CheckpointError(f"checkpoint {directory} does not fit this model: {absent[0]} was not filled")
 
 
 def _load_plain(single: Any, tree: dict[str, Any]) -> None:

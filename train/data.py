@@ -5,7 +5,6 @@ so the data position is one number and survives any change of layout: rank r of 
 Each corpus is read epoch by epoch; every epoch is one GPTDataset with a shuffle of its own, built when it is reached.
 """
 
-import copy
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,17 +12,16 @@ from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from parallel.errors import DataError
 from parallel.layout import Layout
+from train.batches import Batch, dataset_config, micro_batches, read_batch
 from train.config import CorpusWeight, DataConfig
 from train.manifest import CorpusManifest, load_manifest
 from train.random_state import named_seed
 from train.sample_order import Blend, SampleOrder, blend_of
 from train.tokenizers import Tokenizer
-
-Batch = dict[str, torch.Tensor]
 
 
 def open_corpora(config: DataConfig) -> list[tuple[CorpusWeight, CorpusManifest]]:
@@ -66,7 +64,7 @@ def shares_of(corpora: Sequence[tuple[CorpusWeight, CorpusManifest]], first_samp
 
 
 class DataStream:
-    """Training and validation batches of one run on one rank.
+    """Training batches of one run on one rank.
 
     Args:
         config: the `data` group.
@@ -75,7 +73,6 @@ class DataStream:
         seed: of the shuffles.
         layout: data-parallel coordinates of this rank.
         cache: folder for mcore's index files, shared by all ranks.
-        validation_samples: samples drawn for one evaluation.
     """
 
     def __init__(
@@ -86,7 +83,6 @@ class DataStream:
         seed: int,
         layout: Layout,
         cache: Path,
-        validation_samples: int,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -97,7 +93,6 @@ class DataStream:
         self._corpora = {manifest.fingerprint: manifest for _, manifest in corpora}
         # Epochs that are open, by fingerprint and number.
         self._epochs: dict[tuple[str, int], GPTDataset] = {}
-        self._valid = self._build_validation(corpora, validation_samples)
         # Batches are read ahead by one step, off the training thread.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -129,43 +124,16 @@ class DataStream:
             for share in self.order.blends[-1].shares
         ]
 
-    def _dataset_config(self, seed: int, blends: list[Any], fingerprint: str) -> GPTDatasetConfig:
-        # mcore names its cached indices after this.
-        tokenizer = copy.copy(self.tokenizer)
-        tokenizer.corpus_fingerprint = fingerprint
-        return GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=self.config.sequence_length,
-            blend_per_split=blends,
-            path_to_cache=str(self._cache),
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-
     def _build_epoch(self, fingerprint: str, number: int) -> GPTDataset:
         """One pass over a corpus, shuffled for itself; collective."""
         corpus = self._corpora[fingerprint]
         # mcore seeds numpy, which takes 32 bits.
         seed = named_seed(f"data/{self.seed}/{fingerprint}/{number}") % 2**32
-        config = self._dataset_config(seed, [([str(corpus.path("train"))], None), None, None], fingerprint)
+        blends = [([str(corpus.path("train"))], None), None, None]
+        config = dataset_config(self.config, self.tokenizer, seed, blends, fingerprint, self._cache)
         # Without a number of samples mcore makes one epoch.
         train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
         return train
-
-    def _build_validation(self, corpora: list[tuple[CorpusWeight, CorpusManifest]], samples: int) -> GPTDataset | None:
-        """The same held-out samples for every evaluation; collective."""
-        held_out = [(part, m) for part, m in corpora if m.tokens("valid") > self.config.sequence_length]
-        if not held_out or not samples:
-            return None
-        weights = [part.weight for part, _ in held_out] if len(held_out) > 1 else None
-        blend = ([str(m.path("valid")) for _, m in held_out], weights)
-        fingerprint = "+".join(m.fingerprint for _, m in held_out)
-        config = self._dataset_config(self.seed, [None, blend, None], fingerprint)
-        _, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [0, samples, 0], lambda: True, config).build()
-        return valid
 
     def _open(self, first: int, samples: int) -> None:
         """Have every epoch open that a stretch of the training stream reads, on all ranks alike; collective."""
@@ -187,32 +155,16 @@ class DataStream:
     @property
     def micro_batches(self) -> int:
         """Forward-backward passes per optimizer step on each data-parallel rank (gradient accumulation)."""
-        return self.config.global_batch_size // (self.config.micro_batch_size * self.layout.data_size)
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether any corpus holds out enough text for one sample."""
-        return self._valid is not None
+        return micro_batches(self.config, self.layout)
 
     def _sample(self, number: int) -> Batch:
         fingerprint, position = self.order.place(number)
         epoch, index = divmod(position, self.samples_per_epoch(fingerprint))
         return self._epochs[fingerprint, epoch][index]
 
-    def _read(self, first: int, source: str) -> list[Batch]:
+    def _read(self, first: int) -> list[Batch]:
         """The micro-batches of the global batch that starts at sample `first`, as this rank sees them."""
-        micro, ranks = self.config.micro_batch_size, self.layout.data_size
-        batches = []
-        for m in range(self.micro_batches):
-            start = first + (m * ranks + self.layout.data_rank) * micro
-            if source == "train":
-                samples = [self._sample(i) for i in range(start, start + micro)]
-            else:
-                assert self._valid is not None
-                samples = [self._valid[i] for i in range(start, start + micro)]
-            keys = ("tokens", "labels", "loss_mask", "position_ids")
-            batches.append({k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in keys})
-        return batches
+        return read_batch(self._sample, first, self.config, self.layout)
 
     def train(self, first: int) -> list[Batch]:
         """Micro-batches of the global batch that starts at sample `first`, each tensor [micro_batch, sequence].
@@ -227,11 +179,11 @@ class DataStream:
         else:
             self._forget_ahead()
             self._open(first, self.config.global_batch_size)
-            batches = self._read(first, "train")
+            batches = self._read(first)
         following = first + self.config.global_batch_size
         self._close_before(following)
         self._open(following, self.config.global_batch_size)
-        self._ahead = (following, self._reader.submit(self._read, following, "train"))
+        self._ahead = (following, self._reader.submit(self._read, following))
         return batches
 
     def enter(self, layout: Layout) -> None:
@@ -252,11 +204,7 @@ class DataStream:
     def peek(self, first: int) -> list[Batch]:
         """Like `train`, for a look at batches that are not consumed: what was read ahead stays."""
         self._open(first, self.config.global_batch_size)
-        return self._read(first, "train")
-
-    def validation(self, number: int) -> list[Batch]:
-        """Micro-batches of global validation batch `number`; the same ones at every evaluation."""
-        return self._read(number * self.config.global_batch_size, "valid")
+        return self._read(first)
 
     def close(self) -> None:
         """Stop reading ahead."""

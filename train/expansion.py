@@ -20,6 +20,7 @@ from parallel.errors import ExpansionError
 from parallel.redistribute import Redistribution
 from train import random_state
 from train.config import RunSettings
+from train.evaluation import Evaluated, evaluate
 from train.guard import Guard
 from train.health import beyond
 from train.signals import Stopping
@@ -47,7 +48,7 @@ def expand(run: "Run") -> None:
     """
     clock, options = Clock(run.watchdog), run.settings.upcycle
     run.persistence.settle()
-    before_loss = run.evaluate()
+    before = evaluate(run)
     with clock.act("plan"):
         plan = make_plan(run)
     for line in plan.table():
@@ -58,8 +59,8 @@ def expand(run: "Run") -> None:
             saved = run.persistence.save_unless_saved(own=True)
     # From here on it is quicker to finish than to do it again.
     run.stop.raise_if_agreed(run.layout)
-    if before_loss is not None and plan.experts_after > plan.experts_before:
-        run.guard = Guard(run.step, plan.stage, before_loss, saved.name if saved else None)
+    if before is not None and plan.experts_after > plan.experts_before:
+        run.guard = Guard(run.step, plan.stage, before.loss, saved.name if saved else None)
     moved: Redistribution | None = None
     if options.path == "live":
         moved = through_memory(run, plan, saved, clock)
@@ -71,23 +72,24 @@ def expand(run: "Run") -> None:
     else:
         assert saved is not None
         through_checkpoint(run, plan, saved, clock)
-    _announce(run, plan, clock, before_loss, moved)
+    _announce(run, plan, clock, before, moved)
 
 
 def _announce(
-    run: "Run", plan: ExpansionPlan, clock: Clock, before_loss: float | None, moved: Redistribution | None
+    run: "Run", plan: ExpansionPlan, clock: Clock, before: Evaluated | None, moved: Redistribution | None
 ) -> None:
     """Evaluate again, and tell what happened.
 
     Raises:
         ExpansionError: if exact mode did not keep the loss.
     """
-    after_loss, stopping = None, False
+    after, stopping = None, False
     try:
-        after_loss = run.evaluate()
+        after = evaluate(run)
     except Stopping:
         # What happened is to be told first; whoever resumes evaluates.
         stopping = True
+    before_loss, after_loss = (evaluated.loss if evaluated else None for evaluated in (before, after))
     if plan.mode == "exact" and before_loss is not None and after_loss is not None:
         # Rounding alone: the same tokens meet copies of the same weights.
         allowed = before_loss * (1e-3 if run.settings.run.precision == "bf16" else 1e-5)
@@ -111,6 +113,7 @@ def _announce(
         least_bytes=moved.least if moved else None,
         valid_loss_before=before_loss,
         valid_loss_after=after_loss,
+        sets=_per_set(before, after),
         pause_seconds=pause,
         seconds=clock.seconds,
         **count_parameters(run.settings.model, run.stage.chunks, run.layout),
@@ -126,6 +129,14 @@ def _announce(
     run.console.say(f"{what} in {pause:.1f} s, verified{change}")
     if stopping:
         raise Stopping
+
+
+def _per_set(before: Evaluated | None, after: Evaluated | None) -> dict[str, dict[str, float | None]]:
+    """Losses before and after by validation set, in nats per token; None after where a request to stop came first."""
+    return {
+        name: {"loss_before": figures.loss, "loss_after": after.sets[name].loss if after else None}
+        for name, figures in (before.sets if before else {}).items()
+    }
 
 
 def make_plan(run: "Run") -> ExpansionPlan:

@@ -7,6 +7,7 @@ from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
 from train.data import open_corpora
+from train.evaluation import open_sets
 from train.run import Run
 from train.signals import StopRequest
 from train.status import tell_failed_start, tell_failure
@@ -29,6 +30,8 @@ def run_settings(settings: RunSettings) -> str:
     """
     refuse_missing(settings.tracking)
     corpora = open_corpora(settings.data)
+    # The run opens them too; what is wrong with one is told before any process group.
+    open_sets(settings.evaluation, settings.data, corpora)
     joined = join_job(settings.parallel.timeout_seconds)
     try:
         layout = Layout.create(settings.parallel, settings.run.seed)

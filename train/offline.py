@@ -82,6 +82,8 @@ class Source:
             self.settings,
             model=replace(self.settings.model, num_experts=self.course.first_experts),
             parallel=layout,
+            # Nobody evaluates, and the corpora of the sets may be elsewhere.
+            evaluation=replace(self.settings.evaluation, sets=[]),
             upcycle=replace(self.settings.upcycle, stages=begun),
         )
 

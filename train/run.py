@@ -13,7 +13,6 @@ from typing import IO, Any
 import torch
 
 from model.build import count_parameters, experts_kind, transformer_config
-from model.divergence import Siblings
 from model.family_routing import set_release
 from parallel.compat import versions
 from parallel.errors import ConfigError, CoppiceError, DataError
@@ -25,6 +24,7 @@ from train.config import RunSettings
 from train.console import Console
 from train.course import follow
 from train.data import DataStream, shares_of
+from train.evaluation import Evaluated, Evaluation, evaluate, open_evaluation
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
 from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
@@ -42,7 +42,7 @@ from train.signals import Stopping, StopRequest
 from train.stage import Stage, build_stage
 from train.start import find_start
 from train.status import tell_status
-from train.step import evaluate, optimizer_step
+from train.step import optimizer_step
 from train.tracking import Tracker, open_tracker
 from train.watchdog import Watchdog
 from upcycle.course import Course
@@ -103,11 +103,12 @@ class Run:
         self._unwritten: CoppiceError | None = None
         # What measures the steps of a stage.
         self._observer: tuple[Stage, Observer] | None = None
-        # Step and stage of the last evaluation, and its loss.
-        self._evaluated: tuple[int, int, float] | None = None
+        # The last evaluation.
+        self.evaluated: Evaluated | None = None
         self.tracker: Tracker = Tracker()
         self.stage: Stage
         self.data: DataStream
+        self.evaluation: Evaluation
         self.persistence: Persistence
 
     @classmethod
@@ -189,6 +190,7 @@ class Run:
         known = [(first, count) for first, count in manifest.skipped_data] if manifest else []
         run.skipped_data = sorted({*layout.from_rank_zero(left_out_here), *known})
         run._open_data(manifest)
+        run.evaluation = open_evaluation(run)
         if manifest and source:
             run.persistence.load(source, manifest, full=full)
         return run, source, manifest
@@ -263,13 +265,14 @@ class Run:
             manifest.data["seed"] if manifest else self.settings.run.seed,
             self.layout,
             self.files.run_dir / "cache",
-            self.settings.evaluation.batches * data.global_batch_size,
         )
 
     def reopen_data(self, manifest: Manifest) -> None:
         """Read from where a checkpoint stands."""
         self.data.close()
         self._open_data(manifest)
+        # What was found at a step that is trained again is not known of the state that it leads to now.
+        self.evaluated = None
 
     def _announce(self, source: Path | None, manifest: Manifest | None) -> None:
         counts = count_parameters(self.settings.model, self.stage.chunks, self.layout)
@@ -325,7 +328,7 @@ class Run:
             self.stop.raise_if_agreed(self.layout)
             if self.owes_evaluation or (self.guard is not None and not self.guard.losses):
                 # The job ended before an evaluation that was due here.
-                self.evaluate()
+                evaluate(self)
                 watch(self)
             while self.step < run.steps:
                 if self.expansion_due():
@@ -362,7 +365,7 @@ class Run:
         self.samples = beyond(self.samples, batch, self.skipped_data)
         with observer.clock.part("data"):
             batches = self.data.train(self.samples)
-        learning_rate, released = self.stage.optimizer.param_groups[0]["lr"], self._let_go()
+        learning_rate, released = self.stage.optimizer.param_groups[0]["lr"], self.let_go()
         rate = self.settings.model.bias_update_rate
         # mcore reads it from the model's configuration when it moves the biases at the end of a step.
         self.stage.chunks[0].config.moe_router_bias_update_rate = rate * self.settings.upcycle.bias_rate_factor(
@@ -405,7 +408,7 @@ class Run:
             self.write(lambda: found.__setitem__(0, RequestFolder(self.files.run_dir).waiting()))
         return found[0] is not None
 
-    def _let_go(self) -> float:
+    def let_go(self) -> float:
         """Set how far the model has let go of family routing at this step; 1 is plain top-K."""
         fraction = self.settings.upcycle.release_fraction(self.stage.number, self.step)
         set_release(self.stage.chunks, fraction)
@@ -425,36 +428,8 @@ class Run:
     def _evaluate_if_due(self) -> None:
         interval = self.settings.evaluation.interval_steps
         if self.step == self.settings.run.steps or (interval and self.step % interval == 0):
-            self.evaluate()
+            evaluate(self)
             self.tracker.draw_load(self.step)
-
-    def evaluate(self) -> float | None:
-        """Validation loss now, recorded with the divergence of siblings; None without held-out text.
-
-        Raises:
-            Stopping: on all ranks, if any was asked to stop; a run that resumes here evaluates first.
-        """
-        if not self.data.has_validation:
-            return None
-        if self._evaluated and self._evaluated[:2] == (self.step, self.stage.number):
-            return self._evaluated[2]
-        config = self.settings.evaluation
-        self._let_go()
-        self.owes_evaluation = True
-        with self.watchdog.act(f"evaluation after step {self.step}"):
-            loss = evaluate(self.stage, self.layout, self.data, config.batches, self.stop, self.watchdog.tick)
-        self.owes_evaluation = False
-        parents = dict(zip(self.stage.load.layer_numbers, self.parents() or (), strict=False))
-        siblings = Siblings(self.stage.chunks, self.layout, parents).figures(self.stage.optimizer)
-        tokens = config.batches * self.settings.data.global_batch_size * self.settings.data.sequence_length
-        self.event("evaluation", valid_loss=loss, tokens=tokens, **siblings)
-        self.tracker.log(self.step, {"valid_loss": loss})
-        self.console.observe({"valid_loss": loss})
-        self.console.say(f"step {self.step}: validation loss {loss:.4f}")
-        self._evaluated = (self.step, self.stage.number, loss)
-        if self.guard is not None:
-            self.guard.observe(self.step, loss)
-        return loss
 
     def checkpoint_event(self, path: Path, seconds: float, step: int) -> None:
         """Record a checkpoint that was just published, of the state after `step`."""

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, DataError
-from train.config import CorpusWeight, RunSettings
+from train.config import CorpusWeight, EvaluationSet, RunSettings
 from upcycle.stage_config import StageConfig
 
 
@@ -38,7 +38,7 @@ def config_groups() -> dict[str, list[str]]:
 
 
 # Elements of the schema's lists; `upcycle.on_load` takes the keys of one as well.
-_ELEMENTS = (StageConfig, CorpusWeight)
+_ELEMENTS = (StageConfig, CorpusWeight, EvaluationSet)
 
 
 def known_keys(cls: type = RunSettings, prefix: str = "") -> list[str]:

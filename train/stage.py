@@ -31,14 +31,25 @@ from upcycle.plan import last_growth
 
 
 @dataclass
-class Stage:
+class Network:
+    """A model that can be run.
+
+    Attributes:
+        chunks: the bare GPTModel chunks of this rank (what checkpoints and expansions see).
+        wrapped: the same chunks in Float16Module (bf16) and, where they train, DistributedDataParallel.
+    """
+
+    chunks: list[GPTModel]
+    wrapped: list[Any]
+
+
+@dataclass
+class Stage(Network):
     """A model with its optimizer and schedule, for one number of experts.
 
     Attributes:
         number: position in the run, from 0.
         num_experts: experts per MoE layer; 0 for a dense model.
-        chunks: the bare GPTModel chunks of this rank (what checkpoints and expansions see).
-        wrapped: the same chunks in Float16Module and DistributedDataParallel (what trains).
         optimizer: mcore's optimizer; a chain of two where experts are parallel.
         scheduler: learning rate and weight decay over optimizer steps.
         load: tokens per expert since the last reading.
@@ -46,8 +57,6 @@ class Stage:
 
     number: int
     num_experts: int
-    chunks: list[GPTModel]
-    wrapped: list[Any]
     optimizer: Any
     scheduler: OptimizerParamScheduler
     load: ExpertLoad
@@ -113,21 +122,9 @@ def build_stage(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    forget_models()
     num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
     bf16 = settings.run.precision == "bf16"
-    chunks = build_chunks(
-        settings.model,
-        num_experts,
-        layout,
-        vocab_size=vocab_size,
-        sequence_length=settings.data.sequence_length,
-        precision=settings.run.precision,
-        initialise=not blank,
-    )
-    families = families_of(plans)
-    if families:
-        install_family_routing(chunks, families)
+    chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=not blank)
     config = chunks[0].config
     options = settings.optimizer
     if blank and options.distributed:
@@ -142,7 +139,7 @@ def build_stage(
         DistributedDataParallel(
             config=config,
             ddp_config=ddp,
-            module=Float16Module(config, chunk) if bf16 else chunk,
+            module=_in_precision(settings, chunk),
             disable_bucketing=index > 0,
         )
         for index, chunk in enumerate(chunks)
@@ -179,6 +176,56 @@ def build_stage(
         scheduler=build_scheduler(settings, optimizer, number, schedule_begins),
         load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
     )
+
+
+def build_network(
+    settings: RunSettings, num_experts: int, layout: Layout, vocab_size: int, plans: Sequence[Mapping[str, Any]]
+) -> Network:
+    """Build a model to be filled from a checkpoint and run forwards: no gradients, optimizer or schedule.
+
+    Args:
+        settings: of the run.
+        num_experts: experts per MoE layer; 0 for a dense model.
+        layout: its process groups.
+        vocab_size: tokens of the tokenizer.
+        plans: as for `build_stage`.
+
+    Raises:
+        ConfigError: if mcore refuses the combination.
+    """
+    chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=True)
+    return Network(chunks=chunks, wrapped=[_in_precision(settings, chunk) for chunk in chunks])
+
+
+def _build_chunks(
+    settings: RunSettings,
+    num_experts: int,
+    layout: Layout,
+    vocab_size: int,
+    plans: Sequence[Mapping[str, Any]],
+    *,
+    initialise: bool,
+) -> list[GPTModel]:
+    """The bare chunks of this rank, routing in families where the last expansion was made in exact mode."""
+    forget_models()
+    chunks = build_chunks(
+        settings.model,
+        num_experts,
+        layout,
+        vocab_size=vocab_size,
+        sequence_length=settings.data.sequence_length,
+        precision=settings.run.precision,
+        initialise=initialise,
+    )
+    families = families_of(plans)
+    if families:
+        install_family_routing(chunks, families)
+    return chunks
+
+
+def _in_precision(settings: RunSettings, chunk: GPTModel) -> Any:
+    """A chunk as it computes: in Float16Module for bf16."""
+    return Float16Module(chunk.config, chunk) if settings.run.precision == "bf16" else chunk
 
 
 def families_of(plans: Sequence[Mapping[str, Any]]) -> dict[int, list[int]] | None:

@@ -4,13 +4,14 @@
 are checkpoints and none is whole the run does not start: it never begins anew behind the back of its user.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import padded_vocab_size
 from parallel.errors import CheckpointError
+from parallel.layout import Layout
 from parallel.optimizer_ages import NEVER, OptimizerAges
 from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest, resolve, unsealed
 from train.checkpoint_files import wrong_files
@@ -117,14 +118,25 @@ def examine(run: "Run", path: Path) -> str | None:
             except DamagedCheckpoint as e:
                 problem = e.problem
             else:
-                check_identity(run, path, manifest)
+                check_identity(run.settings, run.vocab_size, path, manifest)
                 if takes_optimizer(run, path, manifest):
                     check_moments(path, manifest)
     files, problem = run.layout.from_rank_zero((manifest.files if manifest else {}, problem))
     if problem is not None:
         return str(problem)
-    level = run.settings.checkpoint.verify
-    found = run.layout.gather_objects(wrong_files(path, files, level, (run.layout.rank, run.layout.world_size)))
+    return damage(run.layout, path, files, run.settings.checkpoint.verify)
+
+
+def damage(layout: Layout, path: Path, files: Mapping[str, Sequence[Any]], level: str) -> str | None:
+    """What is wrong with the files of a checkpoint, looked at by all ranks; None if nothing; collective.
+
+    Args:
+        layout: of the job.
+        path: of the checkpoint.
+        files: what its manifest says of them.
+        level: sizes or digests.
+    """
+    found = layout.gather_objects(wrong_files(path, files, level, (layout.rank, layout.world_size)))
     return next((problem for problem in found if problem is not None), None)
 
 
@@ -140,13 +152,19 @@ def takes_optimizer(run: "Run", path: Path, manifest: Manifest) -> bool:
     return made_since and Path(run.settings.run.resume).resolve() != path.resolve()
 
 
-def check_identity(run: "Run", path: Path, manifest: Manifest) -> None:
+def check_identity(settings: RunSettings, vocab_size: int, path: Path, manifest: Manifest) -> None:
     """Refuse a checkpoint of another model.
+
+    Args:
+        settings: that it shall fit.
+        vocab_size: tokens of the tokenizer.
+        path: of the checkpoint.
+        manifest: its own.
 
     Raises:
         CheckpointError: naming the first key that differs.
     """
-    mine = model_identity(run.settings, run.vocab_size)
+    mine = model_identity(settings, vocab_size)
     for key in sorted(mine.keys() | manifest.model.keys()):
         if mine.get(key) != manifest.model.get(key):
             raise CheckpointError(

@@ -1,6 +1,6 @@
-"""Forward and backward: one optimizer step, one evaluation, one scoring pass, all through mcore's schedules."""
+"""Forward and backward: one optimizer step, or micro-batches alone, through mcore's schedules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from parallel.compat import gradient_memory
 from parallel.layout import Layout
-from train.data import Batch, for_this_context_rank
-from train.signals import StopRequest
-from train.stage import Stage
+from train.batches import Batch
+from train.data import for_this_context_rank
+from train.stage import Network, Stage
 from train.step_clock import StepClock
 
 
@@ -36,7 +36,7 @@ def _forward(layout: Layout, batches: Iterator[Batch], model: Any) -> tuple[torc
     return output, partial(_loss, batch["loss_mask"], layout)
 
 
-def run_micro_batches(stage: Stage, layout: Layout, batches: list[Batch], *, forward_only: bool) -> torch.Tensor:
+def run_micro_batches(stage: Network, layout: Layout, batches: list[Batch], *, forward_only: bool) -> torch.Tensor:
     """Run the micro-batches of one global batch through mcore's schedule for this layout.
 
     Args:
@@ -101,33 +101,3 @@ def _finite(stage: Stage, loss: torch.Tensor) -> torch.Tensor:
         for gradient in gradient_memory(chunk)
     ]
     return torch.isfinite(torch.stack([loss.to(torch.float32), *largest])).all()
-
-
-def evaluate(
-    stage: Stage, layout: Layout, data: Any, batches: int, stop: StopRequest, tick: Callable[[], None]
-) -> float:
-    """Validation loss in nats per token over the first `batches` global validation batches, equal on all ranks.
-
-    Args:
-        stage: the model.
-        layout: parallel layout.
-        data: the run's `DataStream`.
-        batches: global batches.
-        stop: polled before each.
-        tick: called before each.
-
-    Raises:
-        Stopping: on all ranks, between two batches, if any was asked to stop.
-    """
-    for chunk in stage.wrapped:
-        chunk.eval()
-    total = torch.zeros((), dtype=torch.float64, device=layout.device)
-    with torch.no_grad():
-        for number in range(batches):
-            tick()
-            stop.raise_if_agreed(layout)
-            total += run_micro_batches(stage, layout, data.validation(number), forward_only=True)
-    for chunk in stage.wrapped:
-        chunk.train()
-    layout.sum_over_world(total)
-    return (total / (batches * data.micro_batches * layout.data_size)).item()

@@ -17,6 +17,7 @@ prepare_megatron()
 from model.fingerprint import take_fingerprints  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 from train.data import open_corpora  # noqa: E402
+from train.evaluation import evaluate  # noqa: E402
 from train.expansion import expand  # noqa: E402
 from train.run import Run  # noqa: E402
 from train.settings import load_settings  # noqa: E402
@@ -75,7 +76,7 @@ def _switched(path: str, small: bool, prefix: Path, run_dir: Path) -> dict[str, 
         began = time.perf_counter()
         run.persistence.save_unless_saved()
         saving = time.perf_counter() - began
-    run.evaluate()
+    evaluate(run)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     expand(run)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel import sharded_save
-from train import data, switch
+from train import data, evaluation, switch
 from train.__main__ import main
 
 # Fault -> where it happens, and at which call.
@@ -20,8 +20,8 @@ _PLACES: dict[str, tuple[Any, str, int]] = {
     "stop": (data.DataStream, "_close_before", 2),
     "kill": (data.DataStream, "_close_before", 2),
     "raise": (data.DataStream, "_close_before", 2),
-    "evaluation": (data.DataStream, "validation", 2),
-    "slow": (data.DataStream, "validation", 0),
+    "evaluation": (evaluation.Evaluation, "batch", 2),
+    "slow": (evaluation.Evaluation, "batch", 0),
     "save": (sharded_save.SaveInProgress, "write", 1),
     "switch": (switch, "add_bias_noise", 1),
 }

@@ -147,7 +147,7 @@ def test_a_rank_that_hangs_in_a_step_is_named(corpus: Path, tmp_path: Path) -> N
 
 
 _HANGS = [
-    ("evaluation", 0, ["evaluation after step 3 has not got on", r"in evaluation after step 3 at train/step.py:\d+ \(evaluate\)"]),
+    ("evaluation", 0, ["evaluation after step 3 has not got on", r"in evaluation after step 3 at train/evaluation.py:\d+ \(_mean_loss\)"]),
     ("save", 1, ["saving after step 2 has not got on", r"in saving after step 2 at train/save_task.py:\d+ \(run\)"]),
     ("switch", 1, [r"the switch \(move\) has not got on", r"in the switch \(move\) at train/switch.py:\d+ \(through_memory\)"]),
 ]  # fmt: skip

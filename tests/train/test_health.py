@@ -107,6 +107,15 @@ def test_going_back_is_the_run_that_never_saw_them(corpus: Path, tmp_path: Path)
     assert newest[0].data["samples"] == newest[1].data["samples"] == 8 * 10
 
 
+def test_a_step_that_is_trained_again_is_evaluated_again(corpus: Path, tmp_path: Path) -> None:
+    """Bad are steps 5 and 6; the run goes back to step 4, and step 5 comes out of other samples."""
+    options = ["health.bad_steps=2", "health.action=rollback", "upcycle.stages=[]", "evaluation.interval_steps=5"]
+    run_distributed(_poisoned, 2, _run(corpus, tmp_path, *options), [32, 40], float("nan"))
+    first, again, end = events(tmp_path, "evaluation")
+    assert (first["step"], again["step"], end["step"]) == (5, 5, 8)
+    assert first["details"]["valid_loss"] != again["details"]["valid_loss"]
+
+
 def test_a_run_does_not_go_back_for_ever(corpus: Path, tmp_path: Path) -> None:
     base = _run(corpus, tmp_path, "health.bad_steps=1", "health.action=rollback", "health.max_rollbacks=2")
     with pytest.raises(CoppiceError, match=r"has gone back 2 times already \(health\.max_rollbacks\)"):
