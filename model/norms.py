@@ -92,22 +92,28 @@ class NormMeter:
         return totals
 
 
-def norm_figures(squares: torch.Tensor, clipped_by: float) -> dict[str, float]:
+def norm_figures(squares: torch.Tensor, clipped_by: float | None) -> dict[str, float | None]:
     """`grad_norm_GROUP`, before clipping, and `param_norm_GROUP` of the groups that the network has.
 
     Args:
         squares: [2, groups] over the world, as `NormMeter.squares` gives a rank's.
-        clipped_by: factor that clipping put on the gradients; 1 where it did nothing.
+        clipped_by: factor that clipping put on the gradients; 1 where it did nothing, None for a step that was skipped,
+            whose gradients nobody took.
     """
-    figures: dict[str, float] = {}
+    figures: dict[str, float | None] = {}
     gradients, parameters = squares.sqrt().tolist()
     for group, gradient, parameter in zip(GROUPS, gradients, parameters, strict=True):
         if parameter > 0:
-            figures[f"grad_norm_{group}"] = gradient / clipped_by
+            figures[f"grad_norm_{group}"] = gradient / clipped_by if clipped_by else None
             figures[f"param_norm_{group}"] = parameter
     return figures
 
 
-def clip_factor(norm: float, limit: float) -> float:
-    """What mcore multiplies gradients with to clip them: limit / (norm + 1e-6) where that is below 1; no limit is 0."""
-    return min(1.0, limit / (norm + 1e-6)) if limit > 0 and math.isfinite(norm) else 1.0
+def clip_factor(norm: float, limit: float) -> float | None:
+    """What mcore multiplies gradients with to clip them: limit / (norm + 1e-6) where that is below 1; no limit is 0.
+
+    None where the norm is not finite: the step was skipped.
+    """
+    if not math.isfinite(norm):
+        return None
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.network import flops_per_token, network_chunks
-from model.norms import GROUPS, clip_factor, group_of
+from model.norms import GROUPS, clip_factor, group_of, norm_figures
 from parallel.config import ParallelConfig
 from parallel.devices import peak_tflops
 from tests.distributed import run_distributed
@@ -154,6 +154,10 @@ def test_every_parameter_has_a_group() -> None:
     assert group_of("decoder.layers.1.mlp.shared_experts.linear_fc1.weight") == "shared_experts"
     with pytest.raises(ValueError, match="strange"):
         group_of("strange.weight")
+    assert clip_factor(math.nan, 1.0) is None
+    assert norm_figures(torch.ones(2, len(GROUPS)), None) == {
+        f"{kind}_norm_{group}": value for group in GROUPS for kind, value in (("grad", None), ("param", 1.0))
+    }
     assert clip_factor(2.0, 1.0) == pytest.approx(0.5, rel=1e-6) and clip_factor(2.0, 0.0) == clip_factor(0.5, 1.0) == 1
 
 
