@@ -1,4 +1,15 @@
-"""What every rank's environment holds unless the user says otherwise."""
+"""What every rank's environment holds unless the user says otherwise; libraries read it when a process starts."""
 
-# Huge pages: without them the kernel spends more time on handing out large tensors than a switch on filling them.
-DEFAULTS = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "THP_MEM_ALLOC_ENABLE": "1"}
+DEFAULTS = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # Huge pages: without them the kernel spends more time on handing out large tensors than a switch on filling them.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # Segments of the CUDA allocator grow in place: a switch frees a model and builds a larger one in the same memory.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # mcore starts communication before the computation that hides it, which needs one hardware queue before Blackwell.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # The flight recorder: what each rank was waiting for when a collective timed out.
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}

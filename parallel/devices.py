@@ -1,7 +1,12 @@
-"""What a device can do and how full it is."""
+"""What a device can do, how full it is, and which set of devices a job may start on."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 import torch
+
+from parallel.errors import LaunchError
 
 # Dense bf16 matrix products in TFLOP/s, without sparsity, from NVIDIA's data sheets; the first that occurs in the name of
 # the device counts. docs/metrics.md lists them.
@@ -39,3 +44,58 @@ def memory_peak(device: torch.device) -> int:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return int(peak)
+
+
+def refuse_too_few(devices: int, local_rank: int, local_processes: int) -> None:
+    """Refuse more processes on a machine than it has GPUs, before any of them is touched.
+
+    Raises:
+        LaunchError: naming both numbers.
+    """
+    if local_rank >= devices or local_processes > devices:
+        raise LaunchError(
+            f"{max(local_processes, local_rank + 1)} processes on this machine and {devices} visible GPUs: start one "
+            f"process per GPU (--nproc-per-node {devices}), or show it more (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def refuse_mixed(kinds: Sequence[str]) -> None:
+    """Refuse GPUs of different kinds in one job: all would wait for the slowest, and what fits on one may not on another.
+
+    Args:
+        kinds: name of each rank's device, in rank order.
+
+    Raises:
+        LaunchError: naming two ranks.
+    """
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise LaunchError(
+                f"rank 0 has a {kinds[0]} and rank {rank} a {kind}: use machines of one kind, or choose with "
+                "CUDA_VISIBLE_DEVICES"
+            )
+
+
+def out_of_memory(error: BaseException, rank: int, place: str, folder: Path) -> LaunchError:
+    """What to tell of a rank whose device is full; on a GPU its memory is written down first.
+
+    Args:
+        error: torch's.
+        rank: whose.
+        place: what it was doing.
+        folder: for the snapshot.
+    """
+    snapshot = ""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        path = folder / f"out-of-memory-rank-{rank}.pickle"
+        try:
+            torch.cuda.memory._dump_snapshot(str(path))
+            snapshot = f"; what lay in memory: {path} (pytorch.org/memory_viz)"
+        except (OSError, RuntimeError) as e:
+            snapshot = f"; no snapshot could be written ({e})"
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return LaunchError(
+        f"rank {rank} ran out of memory in {place} ({said}): lower data.micro_batch_size or data.sequence_length, use "
+        "model.recompute=full, or share out more (parallel.expert, parallel.tensor); `python -m launch plan` says what "
+        f"takes how much{snapshot}"
+    )

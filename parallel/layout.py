@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel import errors
 from parallel.config import ParallelConfig
+from parallel.devices import refuse_mixed, refuse_too_few
 from parallel.errors import CoppiceError, LaunchError
 
 
@@ -52,7 +53,8 @@ def join_job(timeout_seconds: int) -> bool:
         Whether this call joined; False where the caller's process had joined already and has to leave by itself.
 
     Raises:
-        LaunchError: if the port is taken or the other processes do not appear in time.
+        LaunchError: if the port is taken, the other processes do not appear in time, or the GPUs are too few or of
+            different kinds.
     """
     if dist.is_initialized():
         return False
@@ -70,7 +72,9 @@ def join_job(timeout_seconds: int) -> bool:
         _check_rendezvous()
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ["LOCAL_RANK"])
+        refuse_too_few(torch.cuda.device_count(), local, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), **alone)
     except (dist.DistError, RuntimeError, ValueError) as e:
@@ -80,6 +84,14 @@ def join_job(timeout_seconds: int) -> bool:
             f"rank {os.environ['RANK']} could not join the {os.environ['WORLD_SIZE']} processes at MASTER_ADDR:"
             f"MASTER_PORT={where} ({first}): check that the port is free and every process was started"
         ) from None
+    if cuda:
+        kinds: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(kinds, torch.cuda.get_device_name())
+        try:
+            refuse_mixed(kinds)
+        except LaunchError:
+            dist.destroy_process_group()
+            raise
     return True
 
 

@@ -3,6 +3,9 @@
 import time
 from pathlib import Path
 
+import torch
+
+from parallel.devices import out_of_memory
 from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
@@ -48,6 +51,13 @@ def run_settings(settings: RunSettings) -> str:
                 run.watchdog.start(run)
                 reason = run.train()
             except BaseException as e:
+                if isinstance(e, torch.OutOfMemoryError):
+                    full = out_of_memory(e, run.layout.rank, run.watchdog.doing or "the run", run.files.run_dir)
+                    # This rank knows, whatever the others make of its silence.
+                    full.speaks = True
+                    run.watchdog.end(full)
+                    tell_failure(run, full, here=True)
+                    raise full from e
                 lost = run.watchdog.explain(e)
                 run.watchdog.end(lost or e)
                 tell_failure(run, lost or e, here=lost.speaks if lost else None)

@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
+from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError, LaunchError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, rewrite_manifest, small_corpus, train_in_turn
 from train.checkpoint import FORMAT, list_checkpoints, resolve
@@ -220,3 +221,37 @@ def test_a_port_in_use_is_named(corpus: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         assert launched.returncode == 6
         assert f"--port={port} cannot be used" in _error_lines(launched)[0]
+
+
+def _full_at_step_two(overrides: list[str]) -> None:
+    """A run whose rank 1 has no memory left in its second step."""
+    from unittest import mock
+
+    import torch
+
+    from train import run as run_module
+    from train.step import optimizer_step
+
+    steps = []
+
+    def step(*arguments: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 2 and int(os.environ["RANK"]) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return optimizer_step(*arguments)
+
+    with mock.patch.object(run_module, "optimizer_step", step), pytest.raises(LaunchError) as told:
+        train_in_turn([overrides])
+    if os.environ["RANK"] == "1":
+        assert "rank 1 ran out of memory in step 2 (CUDA out of memory" in str(told.value)
+    else:
+        assert "rank 1" in str(told.value)
+
+
+def test_a_rank_without_memory_says_where_and_what_to_change(corpus: Path, tmp_path: Path) -> None:
+    """On all ranks, within the limit of a hang; status.json says it too."""
+    overrides = [*SMALL, *_SHORT, f"data.corpus={corpus}", f"run.dir={tmp_path}", "health.hang_seconds=3"]
+    run_distributed(_full_at_step_two, 2, [*overrides, "parallel.expert=2"], timeout=120)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and status["exit_code"] == LaunchError.exit_code
+    assert "ran out of memory in step 2" in status["reason"]
