@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from launch.footprint import SWITCH_BOUND, Footprint, checkpoint_bytes, footprint, switch_memory
@@ -119,6 +120,31 @@ def vocabulary(settings: RunSettings, given: int | None) -> tuple[int, str]:
     return manifest.vocab_size, f"corpus {manifest.prefix}"
 
 
+def data_table(settings: RunSettings, needed: bool) -> list[dict[str, Any]] | None:
+    """What the run reads, where its corpora are here.
+
+    Args:
+        settings: of the run, every stage with its step.
+        needed: whether to refuse a plan without its corpora.
+
+    Raises:
+        DataError: if a corpus is not there and needed, or all corpora are used up before the end of the run.
+    """
+    data = settings.data
+    if not data.corpus and not data.blend:
+        return None
+    listed = [part.prefix for parts in data.blends() for _, part in parts]
+    if not needed and not all(Path(f"{prefix}.json").is_file() for prefix in listed):
+        return None
+    # Here, because it loads torch and mcore.
+    from parallel.compat import quiet_megatron
+
+    quiet_megatron()
+    from train.data import planned_table
+
+    return planned_table(settings)
+
+
 def attention_is_flash(settings: RunSettings, on_gpu: bool) -> bool:
     """Whether attention keeps no scores: Transformer Engine's, which `auto` takes on GPUs that have it."""
     return settings.model.experts == "te" or (settings.model.experts == "auto" and on_gpu)
@@ -155,6 +181,7 @@ def make_plan(
         "vocabulary": {"size": vocab, "padded": padded_vocab_size(settings.model, vocab), "from": says},
         "tokens_per_step": tokens,
         "steps": settings.run.steps,
+        "data": data_table(settings, needed=vocab_size is None),
         "tokens": tokens * settings.run.steps,
         "flops": sum(s["flops"] for s in stages),
         "stages": stages,

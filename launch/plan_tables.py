@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from train.blends import table_lines
+
 _KINDS = ("weights", "gradients", "masters", "moments", "activations", "total")
 _WIDTH = 100
 # Rows of the table of experts before the middle is left out.
@@ -54,6 +56,7 @@ def as_text(document: dict[str, Any]) -> Iterator[str]:
         f"{tokens:,} tokens per step x {document['steps']:,} steps = {amount(document['tokens'])} tokens, "
         f"{document['flops']:.3g} model FLOPs (6 N + attention)"
     )
+    yield from table_lines(document["data"] or ())
     for index, stage in enumerate(document["stages"]):
         if index:
             yield from _switch(document["switches"][index - 1], document["links"])

@@ -9,10 +9,13 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from parallel.layout import Layout
-from train.config import DataConfig
+from train.data_config import DataConfig
 from train.tokenizers import Tokenizer
 
-Batch = dict[str, torch.Tensor]
+# Tensors by name; `train/step.py` may put in where documents lie.
+Batch = dict[str, Any]
+# What is taken of mcore's samples; each is [sequence].
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def dataset_config(
@@ -36,10 +39,11 @@ def dataset_config(
         blend_per_split=blends,
         path_to_cache=str(cache),
         tokenizer=tokenizer,
-        reset_position_ids=False,
+        reset_position_ids=config.document_attention,
+        # Masks are made from the positions where the model runs: they are large, and not every kernel takes one.
         reset_attention_mask=False,
-        eod_mask_loss=False,
         create_attention_mask=False,
+        eod_mask_loss=config.mask_boundary_loss,
     )
 
 
@@ -58,12 +62,19 @@ def read_batch(sample: Callable[[int], Any], first: int, config: DataConfig, lay
         layout: data-parallel coordinates of this rank.
 
     Returns:
-        Per micro-batch tensors [micro_batch, sequence].
+        Per micro-batch tensors [micro_batch, sequence]. With `data.document_attention` one of them is `documents`: the
+        number of the document in the sample that each token is of. With `data.mask_boundary_loss` there is `counted`
+        [micro_batch, 1]: tokens of the sample in the loss.
     """
     micro, batches = config.micro_batch_size, []
     for m in range(micro_batches(config, layout)):
         start = first + (m * layout.data_size + layout.data_rank) * micro
         samples = [sample(i) for i in range(start, start + micro)]
-        keys = ("tokens", "labels", "loss_mask", "position_ids")
-        batches.append({k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in keys})
+        batch = {k: torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in _KEYS}
+        if config.document_attention:
+            # Positions begin anew with each document, and at 0 in the sample itself.
+            batch["documents"] = torch.cumsum(batch["position_ids"] == 0, dim=1, dtype=torch.int32) - 1
+        if config.mask_boundary_loss:
+            batch["counted"] = batch["loss_mask"].sum(dim=1, keepdim=True, dtype=torch.float64)
+        batches.append(batch)
     return batches

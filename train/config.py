@@ -12,6 +12,7 @@ from pathlib import Path
 from model.config import ModelConfig, divides, one_of, positive
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
+from train.data_config import DataConfig
 from train.profile_config import ProfileConfig
 from upcycle.config import UpcycleConfig
 from upcycle.course import Course
@@ -53,63 +54,6 @@ class RunConfig:
         one_of("run.console", self.console, ("auto", "panel", "plain"))
         if not self.dir:
             raise ConfigError("run.dir is empty: name a folder for the run")
-
-
-@dataclass
-class CorpusWeight:
-    """One corpus of a blend."""
-
-    # What `python -m train.corpus ... --output PREFIX` was given.
-    prefix: str = ""
-    # Share of the training samples, relative to the other corpora.
-    weight: float = 1.0
-
-
-@dataclass
-class DataConfig:
-    """Tokens in: corpora, and the shape of a step."""
-
-    # Prefix of one corpus; or several in `blend`.
-    corpus: str | None = None
-    blend: list[CorpusWeight] = field(default_factory=list)
-    # Tokens per sample.
-    sequence_length: int = 256
-    # Samples per forward-backward on one data-parallel rank.
-    micro_batch_size: int = 4
-    # Samples per optimizer step over all ranks; gradient accumulation is derived.
-    global_batch_size: int = 8
-    # Go on with other corpora or weights than the checkpoint's, from its position on.
-    allow_change: bool = False
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        for key in ("sequence_length", "micro_batch_size", "global_batch_size"):
-            positive(f"data.{key}", getattr(self, key))
-        for i, part in enumerate(self.blend):
-            positive(f"data.blend[{i}].weight", part.weight)
-            if not part.prefix:
-                raise ConfigError(f"data.blend[{i}].prefix is empty: name a corpus")
-
-    def corpora(self) -> list[CorpusWeight]:
-        """The corpora of the run with their weights.
-
-        Raises:
-            ConfigError: if none or both forms are given.
-        """
-        if self.corpus and self.blend:
-            raise ConfigError(f"data.corpus={self.corpus} and data.blend are both set: use one of them")
-        if self.corpus:
-            return [CorpusWeight(prefix=self.corpus)]
-        if not self.blend:
-            raise ConfigError(
-                "data.corpus is not set: build one with `python -m train.corpus INPUT --output PREFIX` and give "
-                "data.corpus=PREFIX"
-            )
-        return self.blend
 
 
 @dataclass
@@ -371,6 +315,28 @@ class RunSettings:
         self.upcycle.guard.check(saves_before, self.evaluation.interval_steps is not None)
         self.resolved().check_stages(world_size, settled=not self._may_go_on())
         self.data.corpora()
+        for i, phase in enumerate(self.data.schedule):
+            phase.check(f"data.schedule[{i}]", self.run.steps)
+        self._check_documents()
+
+    def _check_documents(self) -> None:
+        """Refuse what documents that are kept apart cannot be combined with."""
+        if not self.data.document_attention:
+            return
+        for number in range(len(self.upcycle.stages) + 1):
+            context = self.parallel_of(number).context
+            if context > 1:
+                raise ConfigError(
+                    f"data.document_attention=true cannot be combined with context parallelism ({context} ranks in stage "
+                    f"{number}): megatron-core would need every document to be a multiple of {2 * context} tokens; use a "
+                    "context size of 1"
+                )
+        for name in ("window_size", "masked_softmax_fusion"):
+            if self.model.mcore.get(name):
+                raise ConfigError(
+                    f"data.document_attention=true cannot be combined with model.mcore.{name}={self.model.mcore[name]}: "
+                    "megatron-core's attention passes over the mask of documents then; drop one of them"
+                )
 
     def _may_go_on(self) -> bool:
         """Whether a checkpoint may decide which steps numbers of tokens mean: a batch may have had another size before."""

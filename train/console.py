@@ -102,15 +102,6 @@ class Console:
             f"ranks x {data.sequence_length} sequence = {tokens}"
         )
 
-    def sources(self, sources: list[dict[str, Any]]) -> None:
-        """Print what the training stream draws from (`DataStream.sources`)."""
-        for source in sources:
-            begun = f", {source['epochs_before']:.2f} so far" if source["epochs_before"] else ""
-            self.say(
-                f"data: {source['corpus']}, {source['tokens']:,} tokens, {source['share']:.1%} of the samples, "
-                f"{source['epochs_after']:.2f} epochs by the end{begun}"
-            )
-
     def progress(self, record: dict[str, Any], next_event: str) -> None:
         """Print one line about a step, with the time left at the pace since the last line; a panel says it already."""
         panel = self._panel

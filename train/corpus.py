@@ -338,7 +338,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; gives the exit code (0, or that of the error)."""
-    options = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["show"]:
+        # Here and not above: a build needs neither the settings of a run nor its checkpoints.
+        from parallel.compat import quiet_megatron
+
+        quiet_megatron()
+        from train.corpus_show import main as show
+
+        return show(words[1:])
+    options = _parser().parse_args(words)
     workers = options.workers if options.workers is not None else len(os.sched_getaffinity(0))
     # The `tokenizers` package sizes its thread pool from this when it is first used.
     os.environ["RAYON_NUM_THREADS"] = str(max(workers, 1))

@@ -2,74 +2,149 @@
 
 Which samples form step s is a function of s, the global batch size, the blends and the seed alone (`train/sample_order.py`),
 so the data position is one number and survives any change of layout: rank r of D reads its slice of the same global batch.
-Each corpus is read epoch by epoch; every epoch is one GPTDataset with a shuffle of its own, built when it is reached.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
 from parallel.layout import Layout
-from train.batches import Batch, dataset_config, micro_batches, read_batch
-from train.config import CorpusWeight, DataConfig
+from train.batches import Batch, micro_batches, read_batch
+from train.blends import TRIGGERS, Phase, Position, refuse_used_up, resolved_table, stream_blends
+from train.config import RunSettings
+from train.data_config import CorpusWeight, DataConfig
 from train.manifest import CorpusManifest, load_manifest
-from train.random_state import named_seed
-from train.sample_order import Blend, SampleOrder, blend_of
-from train.tokenizers import Tokenizer
+from train.sample_order import Blend, SampleOrder, Share, normalised
+from train.samples import TrainingSamples, samples_per_epoch
+
+# Keys of a batch whose second axis is not the sequence.
+_NOT_SEQUENCES = ("counted", "packed")
 
 
 def open_corpora(config: DataConfig) -> list[tuple[CorpusWeight, CorpusManifest]]:
-    """Read the manifests of the corpora of a run and check that they belong together.
+    """Read the manifests of all corpora that a run reads at any time and check that they belong together.
+
+    Returns:
+        Each corpus once, as it is listed first, with its manifest; those that the run begins with come first.
 
     Raises:
         DataError: if one is missing or empty, is shorter than a sample, or uses another tokenizer than the first.
     """
-    keys = ["data.corpus"] if config.corpus else [f"data.blend[{i}].prefix" for i in range(len(config.blend))]
-    corpora = [(part, load_manifest(part.prefix, key)) for part, key in zip(config.corpora(), keys, strict=True)]
-    first = corpora[0][1]
-    for part, manifest in corpora:
-        if manifest.tokenizer_digest != first.tokenizer_digest:
-            raise DataError(
-                f"data.blend: corpus {part.prefix} uses tokenizer {manifest.tokenizer_spec}, {corpora[0][0].prefix} "
-                f"uses {first.tokenizer_spec}: build both with one tokenizer"
-            )
-        tokens = manifest.tokens("train")
-        if tokens <= config.sequence_length:
-            raise DataError(
-                f"data.corpus={part.prefix} holds {tokens} training tokens, fewer than one sample of "
-                f"data.sequence_length={config.sequence_length}: use more text or a shorter sequence"
-            )
-    same: dict[str, str] = {}
-    for key, (part, manifest) in zip(keys, corpora, strict=True):
-        if manifest.fingerprint in same:
-            raise DataError(
-                f"{key}={part.prefix} holds the same text as {same[manifest.fingerprint]}: list it once, with the sum of "
-                "their weights"
-            )
-        same[manifest.fingerprint] = key
-    weights = {fingerprint: key.replace(".prefix", ".weight") for fingerprint, key in same.items()}
-    shares_of(corpora, 0).refuse_tiny_shares(weights)
-    return corpora
+    corpora: dict[str, tuple[CorpusWeight, CorpusManifest]] = {}
+    # Fingerprint -> where it is listed first.
+    same: dict[str, tuple[str, CorpusWeight]] = {}
+    for parts in config.blends():
+        in_this: set[str] = set()
+        for key, part in parts:
+            if part.prefix not in corpora:
+                corpora[part.prefix] = part, load_manifest(part.prefix, key)
+                _check_corpus(config, key, corpora[part.prefix][1], next(iter(corpora.values()))[1])
+            fingerprint = corpora[part.prefix][1].fingerprint
+            other, listed = same.setdefault(fingerprint, (key, part))
+            if listed.prefix != part.prefix or fingerprint in in_this:
+                raise DataError(
+                    f"{key}={part.prefix} holds the same text as {other}: list it once in a blend, with the sum of the "
+                    "weights, and under one prefix in all of them"
+                )
+            in_this.add(fingerprint)
+    found = list(corpora.values())
+    for parts, phase in zip(config.blends(), phases_of(config, found), strict=True):
+        keys = {corpora[part.prefix][1].fingerprint: key.replace(".prefix", ".weight") for key, part in parts}
+        Blend(0, phase.shares).refuse_tiny_shares(keys)
+    return found
 
 
-def shares_of(corpora: Sequence[tuple[CorpusWeight, CorpusManifest]], first_sample: int) -> Blend:
-    """The blend of a run's corpora, from a sample of its training stream on."""
-    return blend_of(first_sample, [(m.fingerprint, part.weight, part.prefix) for part, m in corpora])
+def _check_corpus(config: DataConfig, key: str, manifest: CorpusManifest, first: CorpusManifest) -> None:
+    if manifest.tokenizer_digest != first.tokenizer_digest:
+        raise DataError(
+            f"data.blend: corpus {manifest.prefix} uses tokenizer {manifest.tokenizer_spec}, {first.prefix} "
+            f"uses {first.tokenizer_spec}: build both with one tokenizer"
+        )
+    refuse_without_ends(config, key, manifest)
+    tokens = manifest.tokens("train")
+    if tokens <= config.sequence_length:
+        raise DataError(
+            f"{key}={manifest.prefix} holds {tokens} training tokens, fewer than one sample of "
+            f"data.sequence_length={config.sequence_length}: use more text or a shorter sequence"
+        )
 
 
-class DataStream:
+def refuse_without_ends(config: DataConfig, key: str, manifest: CorpusManifest) -> None:
+    """Refuse a corpus in which nothing marks the end of a document, where the options of the run need it.
+
+    Raises:
+        DataError: naming the option and the key of the corpus.
+    """
+    option = next((name for name in ("document_attention", "mask_boundary_loss") if getattr(config, name)), None)
+    if option and not manifest.append_eod:
+        raise DataError(
+            f"data.{option}=true needs documents that end with the end-of-document token, but {key}={manifest.prefix} "
+            "was built without it: build it again with it, or leave the option out"
+        )
+
+
+def phases_of(config: DataConfig, corpora: Sequence[tuple[CorpusWeight, CorpusManifest]]) -> list[Phase]:
+    """The blends of a run's configuration and when they begin.
+
+    Args:
+        config: the `data` group.
+        corpora: what `open_corpora` returned.
+
+    Raises:
+        ConfigError: if a bound on epochs is less than one sample.
+    """
+    manifests = {part.prefix: manifest for part, manifest in corpora}
+    triggers = [{}, *({name: getattr(phase, name) for name in TRIGGERS} for phase in config.schedule)]
+    return [
+        Phase(normalised(_share(config, key, part, manifests[part.prefix]) for key, part in parts), **trigger)
+        for parts, trigger in zip(config.blends(), triggers, strict=True)
+    ]
+
+
+def _share(config: DataConfig, key: str, part: CorpusWeight, manifest: CorpusManifest) -> Share:
+    most = None
+    if part.max_epochs is not None:
+        most = int(part.max_epochs * samples_per_epoch(manifest, config.sequence_length))
+        if not most:
+            where = key.replace(".prefix", ".max_epochs")
+            raise ConfigError(f"{where}={part.max_epochs} is less than one sample: raise it, or leave it out")
+    return Share(manifest.fingerprint, part.weight, part.prefix, most, part.replay)
+
+
+def planned_table(settings: RunSettings) -> list[dict[str, Any]]:
+    """What a run that begins now reads to its end (`train.blends.resolved_table`).
+
+    Args:
+        settings: of the run, every stage with its step.
+
+    Raises:
+        DataError: if a corpus cannot be opened, or all of them are used up before the end.
+    """
+    data = settings.data
+    corpora = open_corpora(data)
+    here = Position(0, 0, 0, data.global_batch_size, settings.tokens_per_step())
+    stages = [stage.at_step for stage in settings.upcycle.stages]
+    order = SampleOrder(stream_blends(phases_of(data, corpora), [], here, stages))
+    refuse_used_up(order, here, settings.run.steps)
+    return resolved_table(order, here, settings.run.steps, _sizes([manifest for _, manifest in corpora], data))
+
+
+def _sizes(manifests: Iterable[CorpusManifest], data: DataConfig) -> dict[str, tuple[int, int]]:
+    """Training tokens of each corpus and samples of one pass over it, by fingerprint."""
+    return {m.fingerprint: (m.tokens("train"), samples_per_epoch(m, data.sequence_length)) for m in manifests}
+
+
+class DataStream(TrainingSamples):
     """Training batches of one run on one rank.
 
     Args:
         config: the `data` group.
         corpora: what `open_corpora` returned.
-        blends: what the training stream is made of; the last one, to be read now, of `corpora`.
+        blends: what the training stream is made of (`train.blends.stream_blends`).
         seed: of the shuffles.
         layout: data-parallel coordinates of this rank.
         cache: folder for mcore's index files, shared by all ranks.
@@ -84,87 +159,24 @@ class DataStream:
         layout: Layout,
         cache: Path,
     ) -> None:
-        self.config = config
+        super().__init__(config, [manifest for _, manifest in corpora], SampleOrder(blends), seed, cache)
         self.layout = layout
-        self.seed = seed
-        self.order = SampleOrder(blends)
-        self.tokenizer: Tokenizer = corpora[0][1].tokenizer()
-        self._cache = cache
-        self._corpora = {manifest.fingerprint: manifest for _, manifest in corpora}
-        # Epochs that are open, by fingerprint and number.
-        self._epochs: dict[tuple[str, int], GPTDataset] = {}
         # Batches are read ahead by one step, off the training thread.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
-    def samples_per_epoch(self, fingerprint: str) -> int:
-        """Samples in one pass over a corpus; the tokens of each begin with the last of the one before."""
-        return (self._corpora[fingerprint].tokens("train") - 1) // self.config.sequence_length
-
-    def sources(self, first: int, stop: int) -> list[dict[str, Any]]:
-        """What the training stream draws from, for the records.
-
-        Args:
-            first: where the run stands in it.
-            stop: where it will end.
-
-        Returns:
-            Per corpus its name, its share of the samples, its training tokens, and how many passes over it will have
-            been made by `first` and by `stop`.
-        """
-        before, after = self.order.drawn(first), self.order.drawn(stop)
-        return [
-            {
-                "corpus": share.name,
-                "share": share.weight,
-                "tokens": self._corpora[share.fingerprint].tokens("train"),
-                "epochs_before": before.get(share.fingerprint, 0) / self.samples_per_epoch(share.fingerprint),
-                "epochs_after": after[share.fingerprint] / self.samples_per_epoch(share.fingerprint),
-            }
-            for share in self.order.blends[-1].shares
-        ]
-
-    def _build_epoch(self, fingerprint: str, number: int) -> GPTDataset:
-        """One pass over a corpus, shuffled for itself; collective."""
-        corpus = self._corpora[fingerprint]
-        # mcore seeds numpy, which takes 32 bits.
-        seed = named_seed(f"data/{self.seed}/{fingerprint}/{number}") % 2**32
-        blends = [([str(corpus.path("train"))], None), None, None]
-        config = dataset_config(self.config, self.tokenizer, seed, blends, fingerprint, self._cache)
-        # Without a number of samples mcore makes one epoch.
-        train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
-        return train
-
-    def _open(self, first: int, samples: int) -> None:
-        """Have every epoch open that a stretch of the training stream reads, on all ranks alike; collective."""
-        begin, end = self.order.drawn(first), self.order.drawn(first + samples)
-        for fingerprint in sorted(self._corpora):
-            per_epoch = self.samples_per_epoch(fingerprint)
-            start, stop = begin.get(fingerprint, 0), end.get(fingerprint, 0)
-            for number in range(start // per_epoch, -(-stop // per_epoch)):
-                if (fingerprint, number) not in self._epochs:
-                    self._epochs[fingerprint, number] = self._build_epoch(fingerprint, number)
-
-    def _close_before(self, first: int) -> None:
-        """Let go of the epochs that no sample from `first` on is in."""
-        begin = self.order.drawn(first)
-        for fingerprint, number in list(self._epochs):
-            if number < begin[fingerprint] // self.samples_per_epoch(fingerprint):
-                del self._epochs[fingerprint, number]
+    def table(self, here: Position, steps: int) -> list[dict[str, Any]]:
+        """What the training stream draws from until the end of the run (`train.blends.resolved_table`)."""
+        return resolved_table(self.order, here, steps, _sizes(self._corpora.values(), self.config))
 
     @property
     def micro_batches(self) -> int:
         """Forward-backward passes per optimizer step on each data-parallel rank (gradient accumulation)."""
         return micro_batches(self.config, self.layout)
 
-    def _sample(self, number: int) -> Batch:
-        fingerprint, position = self.order.place(number)
-        epoch, index = divmod(position, self.samples_per_epoch(fingerprint))
-        return self._epochs[fingerprint, epoch][index]
-
     def _read(self, first: int) -> list[Batch]:
         """The micro-batches of the global batch that starts at sample `first`, as this rank sees them."""
-        return read_batch(self._sample, first, self.config, self.layout)
+        return read_batch(self.sample, first, self.config, self.layout)
 
     def train(self, first: int) -> list[Batch]:
         """Micro-batches of the global batch that starts at sample `first`, each tensor [micro_batch, sequence].
@@ -178,11 +190,11 @@ class DataStream:
             batches = self._ahead[1].result()
         else:
             self._forget_ahead()
-            self._open(first, self.config.global_batch_size)
+            self.open(first, self.config.global_batch_size)
             batches = self._read(first)
         following = first + self.config.global_batch_size
         self._close_before(following)
-        self._open(following, self.config.global_batch_size)
+        self.open(following, self.config.global_batch_size)
         self._ahead = (following, self._reader.submit(self._read, following))
         return batches
 
@@ -194,6 +206,11 @@ class DataStream:
         self._forget_ahead()
         self.layout = layout
 
+    def follow(self, order: SampleOrder) -> None:
+        """Read what another order has ahead; up to where the run stands it must be the same."""
+        self._forget_ahead()
+        self.order = order
+
     def _forget_ahead(self) -> None:
         """Drop what was read ahead."""
         if self._ahead is not None:
@@ -203,7 +220,7 @@ class DataStream:
 
     def peek(self, first: int) -> list[Batch]:
         """Like `train`, for a look at batches that are not consumed: what was read ahead stays."""
-        self._open(first, self.config.global_batch_size)
+        self.open(first, self.config.global_batch_size)
         return self._read(first)
 
     def close(self) -> None:
@@ -220,6 +237,8 @@ def for_this_context_rank(batch: Batch, layout: Layout) -> Batch:
     size, rank = layout.groups.cp.size(), layout.groups.cp.rank()
     cut = {}
     for key, value in batch.items():
+        if key in _NOT_SEQUENCES:
+            continue
         if size > 1:
             chunks = value.chunk(2 * size, dim=1)
             value = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)

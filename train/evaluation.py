@@ -15,7 +15,7 @@ so `python -m train.evaluate` finds the same ones later.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,9 @@ from model.divergence import Siblings
 from parallel.errors import DataError
 from parallel.layout import Layout
 from train.batches import Batch, dataset_config, micro_batches, read_batch
-from train.config import BLEND_SET, CorpusWeight, DataConfig, EvaluationConfig, EvaluationSet
+from train.config import BLEND_SET, EvaluationConfig, EvaluationSet
+from train.data import refuse_without_ends
+from train.data_config import CorpusWeight, DataConfig
 from train.manifest import CorpusManifest, load_manifest
 from train.stage import Network
 from train.step import run_micro_batches
@@ -111,6 +113,7 @@ def open_set(entry: EvaluationSet, key: str, data: DataConfig, batches: int | No
             f"data.sequence_length={data.sequence_length}: use more text, another split, or build it with a larger "
             "--validation-fraction"
         )
+    refuse_without_ends(replace(data, mask_boundary_loss=False), key, manifest)
     if batches is None:
         samples = (tokens - 1) // data.sequence_length
         batches = samples // data.global_batch_size
@@ -188,8 +191,9 @@ class Evaluation:
         self, sets: Sequence[ValidationSet], data: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path
     ) -> None:
         self.sets = sets
-        self._data = data
-        self._samples = {opened.name: _build(opened, data, tokenizer, seed, cache) for opened in sets}
+        # Every token counts here: a run that leaves some out of its loss compares with one that does not.
+        self._data = replace(data, mask_boundary_loss=False)
+        self._samples = {opened.name: _build(opened, self._data, tokenizer, seed, cache) for opened in sets}
 
     def batch(self, name: str, number: int, layout: Layout) -> list[Batch]:
         """This rank's micro-batches of a global batch of a set; the same ones at every evaluation."""

@@ -60,6 +60,8 @@ class CorpusManifest:
     fingerprint: str
     """sha256 over the token files and the tokenizer: equal fingerprints mean equal training data."""
     inputs: tuple[str, ...]
+    append_eod: bool
+    """Whether every document ends with the end-of-document token."""
 
     def path(self, split: str) -> Path:
         """What mcore calls the path prefix of a split: `.bin` and `.idx` come after it."""
@@ -150,6 +152,7 @@ def _parse(prefix: Path, record: Any) -> CorpusManifest:
         seed=int(record["seed"]),
         fingerprint=str(record["fingerprint"]),
         inputs=tuple(str(entry) for entry in record["inputs"]),
+        append_eod=bool(record.get("append_eod", True)),  # corpora of before --no-eod have it
     )
 
 

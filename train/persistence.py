@@ -22,6 +22,7 @@ from parallel.optimizer_ages import OptimizerAges
 from parallel.optimizer_state import get_step
 from parallel.sharded_save import KnownPlan
 from train import random_state
+from train.blends import Phase, changed
 from train.checkpoint import (
     CheckpointFolder,
     Manifest,
@@ -32,7 +33,7 @@ from train.checkpoint import (
     read_manifest,
 )
 from train.config import RunSettings
-from train.data import shares_of
+from train.data import phases_of
 from train.guard import Guard
 from train.health import Health
 from train.sample_order import Blend
@@ -77,6 +78,8 @@ class Persistence:
         self._same: _SameForStage | None = None
         # Checkpoint whose optimizer state this job did not take.
         self.left_behind: Path | None = None
+        # What the configuration says of the data that the checkpoint did not, in words.
+        self.data_changed: str | None = None
 
     @property
     def settings(self) -> RunSettings:
@@ -127,12 +130,11 @@ class Persistence:
                 f"that of the data is {tokenizer[:12]}): its embeddings mean nothing here; build the corpora with its "
                 "tokenizer"
             )
-        before = self.known_blends(manifest)[-1]
-        changed = before.difference(shares_of(self.run.corpora, manifest.data["samples"]))
-        if changed and not self.settings.data.allow_change:
+        self.data_changed = changed(self._known_phases(manifest), phases_of(self.settings.data, self.run.corpora))
+        if self.data_changed and not self.settings.data.allow_change:
             raise CheckpointError(
-                f"checkpoint {path} was trained on other data: {changed}: use the same corpora and weights, or "
-                "data.allow_change=true to go on with these; no sample comes twice within an epoch of its corpus"
+                f"checkpoint {path} was trained on other data: {self.data_changed}: use the same corpora, weights and "
+                "schedule, or data.allow_change=true to go on with these; no sample comes twice within an epoch"
             )
         length = manifest.data["sequence_length"]
         if length != self.settings.data.sequence_length:
@@ -144,6 +146,12 @@ class Persistence:
     def known_blends(self, manifest: Manifest | None) -> list[Blend]:
         """What the training stream of a checkpoint is made of."""
         return [Blend.from_dict(values) for values in manifest.data["blends"]] if manifest else []
+
+    def _known_phases(self, manifest: Manifest) -> list[Phase]:
+        """The blends of the configuration that a checkpoint was trained with; of older ones the last is known."""
+        if "phases" in manifest.data:
+            return [Phase.from_dict(values) for values in manifest.data["phases"]]
+        return [Phase(self.known_blends(manifest)[-1].shares)]
 
     def check_space(self) -> None:
         """Refuse to start where not even one checkpoint of the current stage fits.
@@ -264,6 +272,7 @@ class Persistence:
                 "samples": run.samples,
                 "seed": run.data.seed,
                 "blends": [blend.to_dict() for blend in run.data.order.blends],
+                "phases": [phase.to_dict() for phase in phases_of(self.settings.data, run.corpora)],
                 "tokenizer": run.corpora[0][1].tokenizer_digest,
                 "sequence_length": self.settings.data.sequence_length,
             },

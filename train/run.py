@@ -5,7 +5,7 @@
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,11 +19,12 @@ from parallel.errors import ConfigError, CoppiceError, DataError
 from parallel.layout import Layout
 from parallel.optimizer_ages import OptimizerAges
 from train import random_state
+from train.blends import Position, refuse_used_up, stream_blends, table_lines
 from train.checkpoint import Manifest, folder_bytes
 from train.config import RunSettings
 from train.console import Console
 from train.course import follow
-from train.data import DataStream, shares_of
+from train.data import DataStream, phases_of
 from train.evaluation import Evaluated, Evaluation, evaluate, open_evaluation
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
@@ -36,7 +37,7 @@ from train.record import record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
 from train.run_lock import lock_run
-from train.sample_order import continued
+from train.sample_order import Blend, SampleOrder
 from train.settings import settings_to_dict, write_yaml
 from train.signals import Stopping, StopRequest
 from train.stage import Stage, build_stage
@@ -217,6 +218,9 @@ class Run:
                 transformer_config(settings.model, counts[number], layout, settings.run.precision)
             except ConfigError as e:
                 raise ConfigError(f"{course.keys[number - 1]}: {e}") from None
+        if hasattr(self, "data"):
+            # A blend may begin with a stage.
+            self.data.follow(self._order_of(settings, self.data.order.blends, self.position()))
         self.course, self.settings = course, settings
 
     def enter_stage(self, plans: list[dict[str, Any]]) -> None:
@@ -255,17 +259,36 @@ class Run:
         return random_state.named_seed(f"layout/{self.settings.run.seed}/{number}/{self.step}")
 
     def _open_data(self, manifest: Manifest | None) -> None:
-        data = self.settings.data
-        here = shares_of(self.corpora, manifest.data["samples"] if manifest else 0)
+        data, here = self.settings.data, self.position(manifest)
+        order = self._order_of(self.settings, self.persistence.known_blends(manifest), here)
         self.data = DataStream(
             data,
             self.corpora,
-            continued(self.persistence.known_blends(manifest), here),
+            order.blends,
             # The order a run began with stays, whatever run.seed says later.
             manifest.data["seed"] if manifest else self.settings.run.seed,
             self.layout,
             self.files.run_dir / "cache",
         )
+
+    def position(self, manifest: Manifest | None = None) -> Position:
+        """Where the run stands in its training stream, or where a checkpoint does; the beginning before it has data."""
+        step, sample, tokens = self.step, self.samples, self.tokens
+        if manifest is not None:
+            step, sample, tokens = manifest.step, manifest.data["samples"], manifest.tokens
+        batch, per_step = self.settings.data.global_batch_size, self.settings.tokens_per_step()
+        return Position(step, sample, tokens, batch, per_step, tuple(self.skipped_data))
+
+    def _order_of(self, settings: RunSettings, known: Sequence[Blend], here: Position) -> SampleOrder:
+        """The training stream from here on as settings with all of their stages have it.
+
+        Raises:
+            DataError: if it has nothing left before the end of the run.
+        """
+        phases = phases_of(settings.data, self.corpora)
+        order = SampleOrder(stream_blends(phases, known, here, [stage.at_step for stage in settings.upcycle.stages]))
+        refuse_used_up(order, here, settings.run.steps)
+        return order
 
     def reopen_data(self, manifest: Manifest) -> None:
         """Read from where a checkpoint stands."""
@@ -278,8 +301,7 @@ class Run:
         counts = count_parameters(self.settings.model, self.stage.chunks, self.layout)
         layout = self.layout.describe()
         self.console.opening(self.settings, counts, layout, self.data.micro_batches, experts_kind(self.settings.model))
-        ahead = (self.settings.run.steps - self.step) * self.settings.data.global_batch_size
-        sources = self.data.sources(self.samples, self.samples + ahead)
+        sources = self.data.table(self.position(), self.settings.run.steps)
         self.event(
             "start",
             num_experts=self.stage.num_experts,
@@ -289,10 +311,13 @@ class Run:
             versions=versions(),
             **counts,
         )
-        self.console.sources(sources)
-        if manifest and self.data.order.blends[-1].first_sample == self.samples:
-            self.event("data_change", first_sample=self.samples)
-            self.console.say(f"other data than before from sample {self.samples} on (data.allow_change)")
+        for line in table_lines(sources):
+            self.console.say(line)
+        if self.persistence.data_changed:
+            self.event("data_change", first_sample=self.samples, change=self.persistence.data_changed)
+            self.console.say(
+                f"other data than before from sample {self.samples} on (data.allow_change): {self.persistence.data_changed}"
+            )
         for passed in self.skipped:
             self.event("checkpoint_skipped", **passed)
             self.console.say(f"checkpoint {passed['checkpoint']} was passed over: {passed['problem']}")

@@ -7,10 +7,14 @@
 A blend that follows another goes on at each corpus' position, so no sample comes twice within an epoch, whatever was
 blended before. Which corpus is next follows mcore's rule for blends (the one furthest behind its share), in a pattern
 that repeats after 2^20 samples: any place can be looked up, whatever the length of the run.
+
+A corpus may have a bound (`Share.most`). From the sample on at which it has given that many its share goes to the others
+of the blend by their weights. The counts tell where that is, so the stream falls into pieces that are known in advance.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,11 +35,15 @@ class Share:
         fingerprint: of its content; the same corpus under another name is the same.
         weight: share of the samples; those of a blend sum to 1.
         name: for messages.
+        most: samples that the stream may have drawn of it since its beginning; None for no bound.
+        replay: whether it is there to keep what the model knew; for the records.
     """
 
     fingerprint: str
     weight: float
     name: str = field(default="", compare=False)
+    most: int | None = None
+    replay: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,12 @@ class Blend:
         begun += self._marks[mark] + patterns * self._per_pattern
         return {share.fingerprint: int(n) for share, n in zip(self.shares, begun, strict=True)}
 
+    def length_of(self, fingerprint: str, count: int) -> int:
+        """How many of the blend's first samples it takes to draw `count` of a corpus."""
+        corpus = next(i for i, share in enumerate(self.shares) if share.fingerprint == fingerprint)
+        patterns = count // int(self._per_pattern[corpus])
+        return bisect_left(range((patterns + 1) * PATTERN), count, key=lambda n: self.counts(n)[fingerprint])
+
     def refuse_tiny_shares(self, keys: Mapping[str, str]) -> None:
         """Refuse a corpus whose share the pattern cannot keep.
 
@@ -101,17 +115,7 @@ class Blend:
 
     def difference(self, other: "Blend") -> str | None:
         """What `other` changes, in words; None if it draws the same."""
-        mine, theirs = ({s.fingerprint: s for s in blend.shares} for blend in (self, other))
-        for key in sorted(mine.keys() - theirs.keys()):
-            return f"corpus {mine[key].name} (fingerprint {key[:12]}) is not in it any more"
-        for key in sorted(theirs.keys() - mine.keys()):
-            return f"corpus {theirs[key].name} (fingerprint {key[:12]}) is new"
-        for key in sorted(mine):
-            if mine[key].weight != theirs[key].weight:
-                return (
-                    f"the share of corpus {theirs[key].name} was {mine[key].weight:.4g} and is {theirs[key].weight:.4g}"
-                )
-        return None
+        return difference(self.shares, other.shares)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -123,18 +127,39 @@ class Blend:
         return cls(values["first_sample"], tuple(Share(**share) for share in values["shares"]))
 
 
+def difference(before: Sequence[Share], after: Sequence[Share]) -> str | None:
+    """What the shares of one blend change about those of another, in words; None if they draw the same."""
+    mine, theirs = ({share.fingerprint: share for share in shares} for shares in (before, after))
+    for key in sorted(mine.keys() - theirs.keys()):
+        return f"corpus {mine[key].name} (fingerprint {key[:12]}) is not in it any more"
+    for key in sorted(theirs.keys() - mine.keys()):
+        return f"corpus {theirs[key].name} (fingerprint {key[:12]}) is new"
+    for key, share in sorted(mine.items()):
+        other = theirs[key]
+        if share.weight != other.weight:
+            return f"the share of corpus {other.name} was {share.weight:.4g} and is {other.weight:.4g}"
+        if share.most != other.most:
+            bounds = ["without a bound" if s.most is None else f"at most {s.most} samples" for s in (share, other)]
+            return f"max_epochs of corpus {other.name} meant {bounds[0]} and means {bounds[1]}"
+    return None
+
+
+def normalised(shares: Iterable[Share]) -> tuple[Share, ...]:
+    """Shares that sum to 1, in an order that does not depend on the one they were listed in."""
+    listed = sorted(shares, key=lambda share: share.fingerprint)
+    total = sum(share.weight for share in listed)
+    return tuple(replace(share, weight=share.weight / total) for share in listed)
+
+
 def blend_of(first_sample: int, parts: Iterable[tuple[str, float, str]]) -> Blend:
     """A blend of (fingerprint, relative weight, name); their order does not matter."""
-    listed = sorted(parts)
-    total = sum(weight for _, weight, _ in listed)
-    return Blend(first_sample, tuple(Share(key, weight / total, name) for key, weight, name in listed))
+    return Blend(first_sample, normalised(Share(*part) for part in parts))
 
 
 def continued(known: Sequence[Blend], wanted: Blend) -> list[Blend]:
     """The blends of a stream that goes on with `wanted`, which begins where the stream stands."""
-    if known and known[-1].difference(wanted) is None:
-        return list(known)
-    return [*(blend for blend in known if blend.first_sample < wanted.first_sample), wanted]
+    past = [blend for blend in known if blend.first_sample < wanted.first_sample]
+    return past if past and past[-1].difference(wanted) is None else [*past, wanted]
 
 
 class SampleOrder:
@@ -142,31 +167,65 @@ class SampleOrder:
 
     Args:
         blends: in the order of their first samples; the first begins at 0.
+
+    Attributes:
+        blends: as given.
+        pieces: what they come to: a blend without the corpora that have given all they may by then, for each of them.
+        piece_of: for each piece the number of its blend.
+        used_up_at: the first sample of the stream for which no corpus is left; None if there is none. From there on the
+            bounds of that blend are passed over, so that whoever reads ahead can; whoever trains must not.
     """
 
     def __init__(self, blends: Sequence[Blend]) -> None:
         self.blends = list(blends)
-        # Samples of each corpus drawn before each blend.
-        self._before: list[dict[str, int]] = [{}]
-        for blend, following in zip(self.blends, self.blends[1:], strict=False):
-            self._before.append(self._add(self._before[-1], blend, following.first_sample))
+        self.pieces: list[Blend] = []
+        self.piece_of: list[int] = []
+        self.used_up_at: int | None = None
+        # Samples of each corpus drawn before each piece.
+        self._before: list[dict[str, int]] = []
+        ends = [blend.first_sample for blend in self.blends[1:]]
+        before: dict[str, int] = {}
+        for number, (blend, end) in enumerate(zip(self.blends, [*ends, None], strict=True)):
+            before = self._cut(number, blend, end, before)
+        self._firsts = [piece.first_sample for piece in self.pieces]
+
+    def _cut(self, number: int, blend: Blend, end: int | None, before: dict[str, int]) -> dict[str, int]:
+        """Cut one blend into pieces; what was drawn before it goes in, and what was drawn before `end` comes out."""
+        first = blend.first_sample
+        while True:
+            left = [s for s in blend.shares if s.most is None or before.get(s.fingerprint, 0) < s.most]
+            piece, bounds = blend, [s for s in left if s.most is not None]
+            if not left:
+                self.used_up_at = first if self.used_up_at is None else self.used_up_at
+                piece = Blend(first, blend.shares)
+            elif len(left) < len(blend.shares):
+                piece = Blend(first, normalised(left))
+            self.pieces.append(piece)
+            self.piece_of.append(number)
+            self._before.append(before)
+            cuts = [piece.length_of(s.fingerprint, (s.most or 0) - before.get(s.fingerprint, 0)) for s in bounds]
+            cut = first + min(cuts) if cuts else None
+            if cut is None or (end is not None and cut >= end):
+                return before if end is None else self._add(before, piece, end)
+            before, first = self._add(before, piece, cut), cut
 
     @staticmethod
     def _add(before: Mapping[str, int], blend: Blend, sample: int) -> dict[str, int]:
         drawn = blend.counts(sample - blend.first_sample)
         return {key: before.get(key, 0) + drawn.get(key, 0) for key in before.keys() | drawn.keys()}
 
-    def _blend(self, sample: int) -> int:
-        return max(i for i, blend in enumerate(self.blends) if blend.first_sample <= sample)
+    def piece_at(self, sample: int) -> int:
+        """Number of the piece that a sample of the stream is in."""
+        return bisect_right(self._firsts, sample) - 1
 
     def place(self, sample: int) -> tuple[str, int]:
         """Fingerprint of the corpus of a sample of the stream, and its position in that corpus."""
-        number = self._blend(sample)
-        blend = self.blends[number]
-        share, drawn = blend.place(sample - blend.first_sample)
+        number = self.piece_at(sample)
+        piece = self.pieces[number]
+        share, drawn = piece.place(sample - piece.first_sample)
         return share.fingerprint, self._before[number].get(share.fingerprint, 0) + drawn
 
     def drawn(self, sample: int) -> dict[str, int]:
         """Samples of each corpus before sample `sample` of the stream."""
-        number = self._blend(max(0, sample - 1))
-        return self._add(self._before[number], self.blends[number], sample)
+        number = self.piece_at(max(0, sample - 1))
+        return self._add(self._before[number], self.pieces[number], sample)

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, DataError
-from train.config import CorpusWeight, EvaluationSet, RunSettings
+from train.config import EvaluationSet, RunSettings
+from train.data_config import BlendPhase, CorpusWeight
 from upcycle.stage_config import StageConfig
 
 
@@ -38,7 +39,7 @@ def config_groups() -> dict[str, list[str]]:
 
 
 # Elements of the schema's lists; `upcycle.on_load` takes the keys of one as well.
-_ELEMENTS = (StageConfig, CorpusWeight, EvaluationSet)
+_ELEMENTS = (StageConfig, CorpusWeight, BlendPhase, EvaluationSet)
 
 
 def known_keys(cls: type = RunSettings, prefix: str = "") -> list[str]:
@@ -78,7 +79,9 @@ def explain(error: BaseException) -> str:
                     return f"{key} is a field of mcore's own: add it with a plus, +{key}=VALUE"
                 # A known key that is none here was meant inside an element of a list.
                 inside = "[" in key or key.startswith("upcycle.on_load.") or key in known_keys()
-                near = "" if inside else _nearest(key, known_keys())
+                # Inside an element OmegaConf may leave out where; else a key without a dot is a group.
+                words = known_keys() if "." in key else [*(k for k in known_keys() if "." not in k), *_element_keys()]
+                near = "" if inside else _nearest(key, words)
                 near = near or _nearest(key.rsplit(".", 1)[-1], _element_keys())
                 return f"unknown key {key}{near or '; see `python -m train --cfg job` for all keys'}"
             return f"{key}: {text}"

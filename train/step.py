@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from model.document_attention import document_mask, end_to_end, to_device, wants_packed
 from parallel.compat import gradient_memory
 from parallel.layout import Layout
 from train.batches import Batch
@@ -15,25 +16,48 @@ from train.stage import Network, Stage
 from train.step_clock import StepClock
 
 
-def _loss(mask: torch.Tensor, layout: Layout, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+def _loss(
+    mask: torch.Tensor, layout: Layout, count: torch.Tensor | None, output: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Mean next-token loss of a micro-batch, in nats per token.
 
     Args:
         mask: [micro_batch, sequence], 1 where a token counts.
         layout: under context parallelism each rank holds part of the sequences and returns its part of the mean.
+        count: tokens that the sum is divided by; None for those that count in this micro-batch.
         output: [micro_batch, sequence] loss per token.
     """
     flat = mask.reshape(-1).float()
-    count = layout.sum_over(flat.sum(), layout.groups.cp)
+    if count is None:
+        count = layout.sum_over(flat.sum(), layout.groups.cp)
     loss = (output.float().reshape(-1) * flat).sum() / count
     # A copy: mcore scales the loss it differentiates in place.
     return loss, {"loss": loss.detach().clone()}
 
 
-def _forward(layout: Layout, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
-    batch = for_this_context_rank(next(batches), layout)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(_loss, batch["loss_mask"], layout)
+def _forward(
+    layout: Layout, count: torch.Tensor | None, batches: Iterator[Batch], model: Any
+) -> tuple[torch.Tensor, Any]:
+    batch, options = next(batches), {}
+    if "packed" in batch:
+        options["packed_seq_params"] = to_device(batch["packed"], layout.device)
+    batch = for_this_context_rank(batch, layout)
+    mask = document_mask(batch["documents"]) if "documents" in batch else None
+    output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **options)
+    return output, partial(_loss, batch["loss_mask"], layout, count)
+
+
+def _mean_count(layout: Layout, batches: list[Batch]) -> torch.Tensor | None:
+    """Tokens in the loss per micro-batch, on average over the global batch; None where all of them count; collective.
+
+    Divided by their own number instead, tokens would weigh differently by the micro-batch that they happen to be in, so
+    the result would depend on the layout.
+    """
+    if "counted" not in batches[0]:
+        return None
+    count = torch.stack([batch["counted"].sum() for batch in batches]).sum().to(layout.device)
+    layout.sum_over(count, layout.groups.dp)
+    return count / (len(batches) * layout.data_size)
 
 
 def run_micro_batches(stage: Network, layout: Layout, batches: list[Batch], *, forward_only: bool) -> torch.Tensor:
@@ -49,10 +73,13 @@ def run_micro_batches(stage: Network, layout: Layout, batches: list[Batch], *, f
         Scalar: sum over this rank's micro-batches of its share of the mean loss; 0 except on the last pipeline stage of
         tensor rank 0, so that a sum over the world, divided by micro-batches x data ranks, is the global mean.
     """
+    count = _mean_count(layout, batches)
+    if "documents" in batches[0] and wants_packed(stage.chunks[0]):
+        batches = [end_to_end(batch) for batch in batches]
     # Under the interleaved schedule every chunk walks the same micro-batches by itself.
     iterators = [iter(batches) for _ in stage.wrapped]
     results = get_forward_backward_func()(
-        forward_step_func=partial(_forward, layout),
+        forward_step_func=partial(_forward, layout, count),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=stage.wrapped if len(stage.wrapped) > 1 else stage.wrapped[0],
         num_microbatches=len(batches),

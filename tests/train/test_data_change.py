@@ -39,7 +39,7 @@ def _read(runs: list[list[str]]) -> list[list[tuple[str, int]]]:
     """Train in turn; of each run the places of the samples that this rank trained on, in order."""
     from train.data import DataStream
 
-    reading, taken = DataStream._sample, []  # type: ignore[var-annotated]
+    reading, taken = DataStream.sample, []  # type: ignore[var-annotated]
     seen: list[tuple[str, int]] = []
 
     def sample(self: DataStream, number: int) -> Any:
@@ -50,14 +50,14 @@ def _read(runs: list[list[str]]) -> list[list[tuple[str, int]]]:
         assert sorted(epoch.shuffle_index) == list(range(self.samples_per_epoch(corpus))) == list(range(len(epoch)))
         return reading(self, number)
 
-    DataStream._sample = sample  # type: ignore[method-assign]
+    DataStream.sample = sample  # type: ignore[method-assign]
     try:
         for overrides in runs:
             seen.clear()
             train_here(overrides)
             taken.append(list(seen))
     finally:
-        DataStream._sample = reading  # type: ignore[method-assign]
+        DataStream.sample = reading  # type: ignore[method-assign]
     return taken
 
 
@@ -74,7 +74,8 @@ def test_a_longer_run_reads_on_where_a_shorter_one_ended(two: tuple[Path, Path],
     assert [short[n]["lm_loss"] for n in range(1, 19)] == [long[n]["lm_loss"] for n in range(1, 19)]
     ends = [list_checkpoints(tmp_path / name)[-1] for name in ("short", "long")]
     assert tensor_digests(ends[0]) == tensor_digests(ends[1])
-    (source,) = events(tmp_path / "long", "start")[-1]["details"]["data"]
+    (piece,) = events(tmp_path / "long", "start")[-1]["details"]["data"]
+    (source,) = piece["sources"]
     # Otherwise the second epoch was not reached.
     assert source["epochs_before"] == 0 and 1.5 < source["epochs_after"] < 4
 
