@@ -115,6 +115,18 @@ def test_another_layout_sees_the_same_and_gets_the_same_loss(two: Any, whole: An
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_documents_stay_apart_over_ranks(two: Any, whole: Any, tmp_path: Path) -> None:
+    """A mask on every tensor rank and on every pipeline stage."""
+    end = list_checkpoints(whole[0])[-1]
+    base = [*_PLAIN, *_course(two), _GROW, f"run.resume={end}", f"run.steps={STEPS + 1}", "data.micro_batch_size=4"]
+    runs = [[*base, f"run.dir={tmp_path / name}", f"parallel.{name}={size}"]
+            for name, size in (("expert", 1), ("tensor", 2), ("pipeline", 2))]  # fmt: skip
+    run_distributed(train_in_turn, 2, runs)
+    losses = [metrics(tmp_path / name)[STEPS + 1]["lm_loss"] for name in ("expert", "tensor", "pipeline")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 def test_show_says_what_the_run_read(two: Any, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, batches = whole
     overrides = [*_PLAIN, *_course(two), _GROW]
