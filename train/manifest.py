@@ -34,7 +34,7 @@ class SplitSummary:
     documents: int
     """Number of documents; zero means that the split has no files."""
     tokens: int
-    """Number of tokens, one end-of-document token per document included."""
+    """Number of tokens, end-of-document tokens included."""
     bytes: int
     """UTF-8 bytes of the text (not of the .bin file): what bits per byte divide by."""
 

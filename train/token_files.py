@@ -1,31 +1,40 @@
 """Writing token files: through mcore's builder into a staging folder, then all at once to their names.
 
-What: `SplitWriter` writes the .bin and .idx of one split, `staging_folder` gives a place that vanishes with a failed
-build, `publish` moves finished files to PREFIX.*, `fingerprint` names their content.
+What: `SplitWriter` writes the .bin and .idx of one split, `publish` moves finished files to PREFIX.*, `fingerprint`
+names their content.
 Why: a job that opens a half-written corpus trains on it without a complaint; the manifest PREFIX.json is therefore
 the one mark of a whole corpus, removed first and written last.
-How: train/corpus.py is the only user.
+How: train/corpus_build.py is the only user.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from parallel.errors import ConfigError, DataError
+from parallel.errors import ConfigError
 from train.manifest import SPLITS
 from train.tokenizers import Tokenizer
 
 TOKEN_FILES = tuple(f".{split}{end}" for split in SPLITS for end in (".bin", ".idx"))
+
+
+def token_type(vocab_size: int) -> type[np.number[Any]]:
+    """The type of a token by mcore's rule: uint16 for vocabularies below 65,500, else int32."""
+    from parallel.compat import quiet_megatron  # here and not above: torch and mcore take seconds to load
+
+    quiet_megatron()
+    from megatron.core.datasets.indexed_dataset import DType
+
+    chosen: type[np.number[Any]] = DType.optimal_dtype(vocab_size)
+    return chosen
 
 
 def with_suffix(prefix: str, suffix: str) -> Path:
@@ -36,38 +45,35 @@ def with_suffix(prefix: str, suffix: str) -> Path:
 class SplitWriter:
     """Writes one split through mcore's IndexedDatasetBuilder and counts what went in."""
 
-    def __init__(self, prefix: Path, eod: int, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, dtype: type[np.number[Any]]) -> None:
         """Opens the .bin file.
 
         Args:
             prefix: path without `.bin` and `.idx`.
-            eod: id appended to every document.
-            vocab_size: decides the width of a token by mcore's rule (uint16 below 65,500, else int32).
+            dtype: type of a token, by `token_type`.
         """
-        from parallel.compat import quiet_megatron  # here and not above: torch and mcore take seconds to load
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        quiet_megatron()
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+        self._prefix = prefix
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+        self._lengths = array("q")
+        self.bytes = 0
 
-        self._prefix, self._eod = prefix, eod
-        self._dtype = DType.optimal_dtype(vocab_size)
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
-        self.documents = self.tokens = self.bytes = 0
-
-    def add(self, ids: npt.NDArray[Any], size_bytes: int) -> None:
+    def add(self, tokens: npt.NDArray[Any], size_bytes: int) -> None:
         """Appends one document.
 
         Args:
-            ids: its token ids, without the end-of-document token.
+            tokens: its token ids, with the end-of-document token if it is to have one.
             size_bytes: length of its text in UTF-8.
         """
-        tokens = np.empty(len(ids) + 1, dtype=self._dtype)
-        tokens[:-1] = ids
-        tokens[-1] = self._eod
         self._builder.add_document(tokens, [len(tokens)])
-        self.documents += 1
-        self.tokens += len(tokens)
+        self._lengths.append(len(tokens))
         self.bytes += size_bytes
+
+    @property
+    def lengths(self) -> npt.NDArray[Any]:
+        """Tokens of every document (int64)."""
+        return np.array(self._lengths, dtype=np.int64)
 
     def finish(self) -> None:
         """Writes the .idx file and brings both files to the disk."""
@@ -85,44 +91,6 @@ def flush(path: Path) -> None:
     """Forces a file to the disk: on a full or remote disk, this is where a lost write is reported."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-@contextlib.contextmanager
-def staging_folder(prefix: str) -> Iterator[Path]:
-    """Gives a hidden folder beside PREFIX, removed at the end; on failure, folders made for it go too.
-
-    Raises:
-        DataError: in place of an OSError from anything done with the folder.
-    """
-    parent = Path(prefix).parent
-    made: list[Path] = []
-    staging = None
-    try:
-        missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            made.append(folder)
-        staging = Path(tempfile.mkdtemp(prefix=f".{Path(prefix).name}.partial-", dir=parent))
-        yield staging
-    except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):  # not empty any more: somebody else uses it
-                folder.rmdir()
-        if isinstance(error, OSError):
-            # strerror is "No space left on device", "Permission denied" and so on
-            remedy = "make room or choose another folder" if _is_full(error) else "choose a folder you can write to"
-            raise DataError(
-                f"--output={prefix}: cannot write the corpus: {error.strerror or error} "
-                f"(nothing was left behind): {remedy}"
-            ) from error
-        raise
-    shutil.rmtree(staging)
-
-
-def _is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_existing(prefix: str, suffixes: Iterable[str]) -> None:

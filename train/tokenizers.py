@@ -18,7 +18,6 @@ How: `tokenizer = build_tokenizer("byte")`; a corpus gives the one it was writte
 """
 
 import hashlib
-import importlib
 import json
 from abc import ABC, abstractmethod
 from base64 import b64decode
@@ -31,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parallel.errors import ConfigError, DataError
+from train.extras import optional_package
 
 KINDS = {
     "byte": "byte",
@@ -163,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, spec: str, path: Path, eod: int | None = None) -> None:
         file = _existing_file(path, spec)
-        library = _optional("sentencepiece", spec)
+        library = optional_package("sentencepiece", f"--tokenizer={spec}")
         content = file.read_bytes()
         try:
             self._library = library.SentencePieceProcessor(model_proto=content)
@@ -193,7 +193,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, spec: str, path: Path, eod: int | None = None) -> None:
         file = _existing_file(path, spec)
-        library = _optional("tiktoken", spec)
+        library = optional_package("tiktoken", f"--tokenizer={spec}")
         content = file.read_bytes()
         if file.suffix == ".json":
             self._library, own_eod = _read_mcore_vocabulary(file, content, spec)
@@ -301,15 +301,6 @@ def _existing_file(path: Path, spec: str) -> Path:
 
 def _digest(content: bytes, eod: int) -> str:
     return hashlib.sha256(content + f"\neod {eod}".encode()).hexdigest()
-
-
-def _optional(package: str, spec: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--tokenizer={spec}: needs the {package} package: pip install 'coppice[{package}]'"
-        ) from error
 
 
 def _end_of_document(library: Any, file: Path, spec: str) -> int:

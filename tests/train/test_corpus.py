@@ -19,7 +19,8 @@ import pytest
 from parallel.errors import ConfigError, DataError
 from train import documents, token_files
 from train.corpus import CorpusRequest, build_corpus, main
-from train.documents import LEFT_OUT, VALID, assign_splits, find_sources, scan
+from train.sources import find_sources
+from train.splits import LEFT_OUT, VALID, assign_splits, scan
 from train.manifest import CorpusManifest, load_manifest
 from train.tokenizers import train_bpe
 
@@ -154,7 +155,8 @@ def test_bpe_training_is_the_same_in_another_process(tmp_path: Path) -> None:
 
 
 def draws(number: int, seed: int = 0) -> tuple[Any, Any]:
-    return scan((documents.Document(f"d{i}", "text", 4) for i in range(number)), seed)
+    found = scan((documents.Document(f"d{i}", "text", 4) for i in range(number)), seed)
+    return found.sizes, found.draws
 
 
 def test_held_out_share_is_near_the_fraction_and_stable_when_documents_are_added() -> None:
@@ -387,7 +389,7 @@ def test_file_that_changes_during_the_build_stops_it(tmp_path: Path, texts: dict
         if line.startswith("tokenizing"):
             (tmp_path / "in/d.jsonl").write_text('{"text": "line 0\u2028not a new line"}')
 
-    with pytest.raises(DataError, match=r"d.jsonl: lost documents"):
+    with pytest.raises(DataError, match=r"d.jsonl: changed while"):
         build_corpus(CorpusRequest((str(tmp_path / "in/d.jsonl"),), str(tmp_path / "out/c")), shorten)
 
 
