@@ -16,7 +16,7 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,10 +206,13 @@ def _damaged(source: Source, error: Exception) -> DataError:
 
 def _unpacked(raw: BinaryIO, source: Source) -> BinaryIO:
     """A buffered stream of what a packed file holds; files of several streams one after the other are read through."""
-    if source.packed == ".zst":
-        stream: Any = _ZstdReader(raw, source)
-    else:
-        stream = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}[source.packed](raw)
+    readers: dict[str, Callable[[BinaryIO], Any]] = {
+        ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+        ".bz2": bz2.BZ2File,
+        ".xz": lzma.LZMAFile,
+        ".zst": lambda raw: _ZstdReader(raw, source),
+    }
+    stream = readers[source.packed](raw)
     return io.BufferedReader(stream, _BLOCK_BYTES)
 
 

@@ -19,9 +19,9 @@ import pytest
 from parallel.errors import ConfigError, DataError
 from train import documents, token_files
 from train.corpus import CorpusRequest, build_corpus, main
+from train.manifest import CorpusManifest, load_manifest
 from train.sources import find_sources
 from train.splits import LEFT_OUT, VALID, assign_splits, scan
-from train.manifest import CorpusManifest, load_manifest
 from train.tokenizers import train_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,9 +342,15 @@ def test_full_disk_leaves_nothing_and_spares_the_old_corpus(
     assert everything_below(out.parent) == before and load_manifest(out) == old
 
 
-def test_failure_or_interruption_at_any_rename_leaves_no_corpus(
-    tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def published(folder: Path) -> list[str]:
+    """Files that somebody could take for a corpus."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def test_failure_or_interruption_at_any_rename_leaves_no_corpus_and_the_same_command_goes_on(
+    tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    build(tmp_path, tokenizer="bpe:300", output="whole/c")
     real = os.replace
     for allowed in range(6):  # four token files, the tokenizer, the manifest
         left = [allowed]
@@ -356,22 +362,28 @@ def test_failure_or_interruption_at_any_rename_leaves_no_corpus(
             real(source, target)
 
         monkeypatch.setattr(token_files.os, "replace", replace)
-        with pytest.raises(DataError, match="No space left on device"):
+        with pytest.raises(DataError, match=r"No space left on device \(run the same command again to go on\)"):
             build(tmp_path, tokenizer="bpe:300")
-        assert not (tmp_path / "out").exists()
+        assert published(tmp_path / "out") == []
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    command = [str(tmp_path / "in"), "--output", str(tmp_path / "out/c"), "--tokenizer", "bpe:300"]
     monkeypatch.setattr(token_files.os, "replace", interrupt)
-    assert main([str(tmp_path / "in"), "--output", str(tmp_path / "out/c")]) == 130
-    assert not (tmp_path / "out").exists()
+    assert main(command) == 130 and published(tmp_path / "out") == []
 
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(token_files.os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
-        main([str(tmp_path / "in"), "--output", str(tmp_path / "out/c")])
-    assert not (tmp_path / "out").exists() and signal.getsignal(signal.SIGTERM) is handler
+        main(command)
+    assert published(tmp_path / "out") == [] and signal.getsignal(signal.SIGTERM) is handler
+
+    monkeypatch.setattr(token_files.os, "replace", real)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "going on with the build that was stopped: 1 parts are finished" in capsys.readouterr().err
+    assert everything_below(tmp_path / "out") == everything_below(tmp_path / "whole")
 
 
 def test_file_that_changes_during_the_build_stops_it(tmp_path: Path, texts: dict[str, str]) -> None:
