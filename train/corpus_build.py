@@ -8,6 +8,7 @@ finished part stays for the next try, and the files appear under their names onl
 How: train/corpus.py is the command; `build_corpus(CorpusRequest(("stdlib",), "data/stdlib"))` does the same.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -21,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from parallel.errors import ConfigError, DataError
-from train import parts as parts_module
 from train.corpus_progress import Progress
 from train.corpus_statistics import LeftOut, length_statistics
 from train.documents import BAD_BYTES, read_part
 from train.encoding import EncodeTask, TokenizerTask, encode_part, finished_part, read_encoded
 from train.manifest import FORMAT, CorpusManifest, load_manifest
+from train.parts import VERSION as PARTS_VERSION
 from train.parts import Part, plan_parts
 from train.sources import DEFAULT_INCLUDE, Source, find_sources
 from train.splits import LEFT_OUT, TRAIN, VALID, Scan, assign_splits, joined, scan_part
@@ -177,11 +178,11 @@ def _refuse_nothing(request: CorpusRequest, sizes: npt.NDArray[Any], codes: npt.
 
 
 def _key(request: CorpusRequest, sources: Sequence[Source], tokenizer: Tokenizer | None) -> str:
-    """What the parts of a build hang on; a stopped build goes on only if all of it is the same."""
+    """Names what the parts of a build hang on; a stopped build goes on only if all of it is the same."""
     options = {k: v for k, v in asdict(request).items() if k not in ("output", "workers", "overwrite")}
     digest = tokenizer.digest if tokenizer is not None else None
     files = [(each.name, str(each.path.resolve()), each.size_bytes, each.mtime_ns) for each in sources]
-    return json.dumps({"version": parts_module.VERSION, "options": options, "tokenizer": digest, "files": files})
+    return hashlib.sha256(json.dumps([PARTS_VERSION, options, digest, files]).encode()).hexdigest()
 
 
 def _stage_tokenizer(

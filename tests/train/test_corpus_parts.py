@@ -336,6 +336,12 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, mixed: Pa
         results.append((result.statistics, result.left_out, result.faults, everything_below(tmp_path / f"{workers}")))
     assert results[0] == results[1] == results[2]
     assert results[0][1].bad == 1 and results[0][1].over_limit > 0
+    errors = []
+    for workers in (1, 2):  # also what is said of bad input: the first fault in the order of the documents
+        with pytest.raises(DataError) as caught:
+            build_corpus(request(mixed, tmp_path / "none/c", workers=workers, on_bad="refuse"))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1] and "plain.jsonl:61: not UTF-8" in errors[0] and not (tmp_path / "none").exists()
     with mock.patch.object(parts, "SMALLEST_BYTES", 1 << 20):  # nor does the size of the parts change a byte
         build_corpus(request(mixed, tmp_path / "one/c", limit_bytes=30_000))
     assert everything_below(tmp_path / "one") == results[0][3]
