@@ -23,7 +23,7 @@ from train.documents import Document, read_part
 from train.parts import Part
 from train.tokenizers import Tokenizer, build_tokenizer
 
-BATCH_BYTES = 4 << 20  # text handed to the tokenizer at once
+BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once
 
 
 @dataclass(frozen=True)
