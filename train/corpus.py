@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show(words[1:])
     options = _parser().parse_args(words)
     workers = options.workers if options.workers is not None else len(os.sched_getaffinity(0))
-    # The `tokenizers` package sizes its thread pool from this when it is first used; here, it is for training BPE.
+    # The `tokenizers` package sizes its thread pool from this when it is first used.
     os.environ["RAYON_NUM_THREADS"] = str(max(workers, 1))
 
     def terminate(signum: int, frame: FrameType | None) -> NoReturn:
