@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from model.attention import LatentDotProductAttention
 from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
-from model.norm import CoppiceNorm
+from model.norm import AllKeysNorm, AllQueriesNorm, CoppiceNorm
 from parallel.compat import (
     have_transformer_engine,
     is_moe_layer,
@@ -82,6 +82,11 @@ def transformer_config(
             f"parallel.context={parallel.context} needs the attention of Transformer Engine on a GPU: install it "
             "(docs/gpu.md) or use parallel.context=1"
         )
+    if model.qk_norm_all_heads and parallel.tensor > 1:
+        raise ConfigError(
+            f"model.qk_norm_all_heads=true needs parallel.tensor=1, not {parallel.tensor}: the norm runs over heads of all "
+            "tensor ranks"
+        )
     if model.dispatcher == "flex" and not any(importlib.util.find_spec(name) for name in ("deep_ep", "hybrid_ep")):
         raise ConfigError(
             "model.dispatcher=flex needs DeepEP or HybridEP, which are not installed: install one (docs/gpu.md) or use "
@@ -138,6 +143,14 @@ def transformer_config(
             rope_type="rope",
             rotary_base=model.rope_base,
         )
+        if model.rope_scaling == "yarn":
+            values |= dict(
+                rope_type="yarn",
+                rotary_scaling_factor=model.rope_scaling_factor,
+                original_max_position_embeddings=model.rope_original_length,
+                mscale=model.rope_mscale,
+                mscale_all_dim=model.rope_mscale_all_dim,
+            )
     if num_experts:
         values |= _moe_values(model, num_experts, te)
     if model.recompute != "none":
@@ -164,6 +177,7 @@ def _moe_values(model: ModelConfig, num_experts: int, te: bool) -> dict[str, Any
         moe_router_topk=model.top_k,
         moe_ffn_hidden_size=model.expert_ffn_hidden_size,
         moe_shared_expert_intermediate_size=model.shared_expert_ffn_hidden_size,
+        moe_shared_expert_gate=model.shared_expert_gate,
         moe_layer_freq=model.moe_layer_pattern(),
         moe_router_score_function=model.router_score,
         moe_router_pre_softmax=model.router_pre_softmax,
@@ -186,7 +200,11 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
     """Layer specs of this rank's chunk, with our expert module and norms where Transformer Engine is not in use."""
     kind = experts_kind(model)
     if kind == "te":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if model.qk_norm_all_heads:
+            for layer in block.layer_specs:
+                _normalise_all_heads(layer)
+        return block
     if config.num_moe_experts:
         block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=model.normalization, vp_stage=vp_stage
@@ -212,6 +230,8 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if model.qk_norm and hasattr(attention, name):
                 setattr(attention, name, CoppiceNorm)
+        if model.qk_norm_all_heads:
+            _normalise_all_heads(layer)
         if model.attention == "mla":
             attention.core_attention = LatentDotProductAttention
         if kind == "grouped" and is_moe_layer(layer):
@@ -219,6 +239,11 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
     if hasattr(block, "layer_norm"):
         block.layer_norm = CoppiceNorm
     return block
+
+
+def _normalise_all_heads(layer: Any) -> None:
+    attention = layer_submodules(layer_submodules(layer).self_attention)
+    attention.q_layernorm, attention.k_layernorm = AllQueriesNorm, AllKeysNorm
 
 
 def build_chunks(
@@ -259,7 +284,9 @@ def build_chunks(
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="rope",
             rotary_percent=model.rope_percent,
-            rotary_base=int(model.rope_base),
+            rotary_base=model.rope_base,
+            rope_scaling=model.rope_scaling == "llama3",
+            rope_scaling_factor=model.rope_scaling_factor,
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(layout.device))

@@ -16,6 +16,8 @@ EXPERT_KINDS = ("auto", "grouped", "sequential", "te")
 NORMS = ("RMSNorm", "LayerNorm")
 SCORES = ("softmax", "sigmoid")
 RECOMPUTE = ("none", "selective", "full")
+ROPE_SCALINGS = ("none", "llama3", "yarn")
+HF_PREFIX = "hf:"
 
 
 def one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
@@ -43,6 +45,11 @@ def divides(key: str, value: int, by_key: str, by: int) -> None:
 class ModelConfig:
     """One GPT-MoE network. Sizes are counts or feature dims; `num_experts` is that of the first stage."""
 
+    # `hf:DIR` begins with a published model in Hugging Face's format; its architecture replaces that of the preset
+    # (docs/huggingface.md). null draws the weights.
+    init_from: str | None = None
+    # Rows of the embedding that stand for tokens; null means those of the data's tokenizer.
+    vocab_size: int | None = None
     # Transformer layers in the decoder, dense ones included.
     layers: int = 4
     # Width of the residual stream.
@@ -63,8 +70,9 @@ class ModelConfig:
     mla_head_dim: int = 128
     mla_rope_head_dim: int = 64
     mla_value_head_dim: int = 128
-    # Normalise queries and keys per head.
+    # Normalise queries and keys: each head by itself, or all heads together (gqa only, needs parallel.tensor=1).
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     normalization: str = "RMSNorm"
     norm_epsilon: float = 1e-5
     activation: str = "swiglu"
@@ -73,6 +81,13 @@ class ModelConfig:
     qkv_bias: bool = False
     rope_base: float = 10000.0
     rope_percent: float = 1.0
+    # Stretched rotary frequencies: none, `llama3` (gqa) or `yarn` (mla), by a factor over an original length in tokens.
+    rope_scaling: str = "none"
+    rope_scaling_factor: float = 1.0
+    rope_original_length: int = 8192
+    # yarn only: weights of the attention's magnitude, in the rotated part and in the whole head.
+    rope_mscale: float = 1.0
+    rope_mscale_all_dim: float = 0.0
     # Use one matrix for the input embedding and the output layer.
     tie_embeddings: bool = False
     # Rows of the embedding are padded up to a multiple of this, which parallel.tensor must divide.
@@ -88,6 +103,8 @@ class ModelConfig:
     expert_ffn_hidden_size: int = 512
     # Total width of the experts every token passes; null means none.
     shared_expert_ffn_hidden_size: int | None = None
+    # Weigh what the shared experts give by a gate of its own, a learned sigmoid per token.
+    shared_expert_gate: bool = False
     # Leading and trailing layers that stay dense, and the period of MoE layers between them (2: every second one).
     dense_first: int = 0
     dense_last: int = 0
@@ -125,6 +142,8 @@ class ModelConfig:
         """
         for key in ("layers", "hidden_size", "ffn_hidden_size", "attention_heads", "kv_heads", "head_dim", "top_k"):
             positive(f"model.{key}", getattr(self, key))
+        for key in ("vocab_size", "rope_scaling_factor", "rope_original_length"):
+            positive(f"model.{key}", getattr(self, key))
         for key in ("mla_query_rank", "mla_kv_rank", "mla_head_dim", "mla_rope_head_dim", "mla_value_head_dim"):
             positive(f"model.{key}", getattr(self, key))
         for key in ("expert_ffn_hidden_size", "shared_expert_ffn_hidden_size", "moe_period", "vocab_multiple"):
@@ -141,6 +160,8 @@ class ModelConfig:
         one_of("model.experts", self.experts, EXPERT_KINDS)
         one_of("model.dispatcher", self.dispatcher, DISPATCHERS)
         one_of("model.recompute", self.recompute, RECOMPUTE)
+        one_of("model.rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+        self._check_published()
         if self.head_dim is None:
             divides("model.hidden_size", self.hidden_size, "model.attention_heads", self.attention_heads)
         if self.attention == "mla" and self.kv_heads is not None:
@@ -151,6 +172,28 @@ class ModelConfig:
             divides("model.attention_heads", self.attention_heads, "model.kv_heads", self.kv_heads)
         if self.num_experts:
             self._check_routing()
+
+    def _check_published(self) -> None:
+        """What published families have and not every combination here can express."""
+        if self.init_from is not None and not self.init_from.removeprefix(HF_PREFIX):
+            raise ConfigError(f"model.init_from={self.init_from} names no folder: use hf:DIR")
+        if self.init_from is not None and not self.init_from.startswith(HF_PREFIX):
+            raise ConfigError(f"model.init_from={self.init_from} is unknown: use hf:DIR, or null")
+        if self.qk_norm_all_heads and (not self.qk_norm or self.attention == "mla"):
+            raise ConfigError("model.qk_norm_all_heads=true needs model.qk_norm=true and model.attention=gqa")
+        if self.rope_scaling != "none" and (self.rope_scaling == "yarn") != (self.attention == "mla"):
+            other = "llama3" if self.attention == "gqa" else "yarn"
+            raise ConfigError(
+                f"model.rope_scaling={self.rope_scaling} does not go with model.attention={self.attention}: use {other} or "
+                "none"
+            )
+        if self.rope_scaling == "llama3" and self.rope_original_length != 8192:
+            raise ConfigError(
+                f"model.rope_original_length={self.rope_original_length}: mcore knows llama3's frequencies for 8192 tokens "
+                "only: use 8192"
+            )
+        if self.shared_expert_gate and not self.shared_expert_ffn_hidden_size:
+            raise ConfigError("model.shared_expert_gate=true needs model.shared_expert_ffn_hidden_size")
 
     def _check_routing(self) -> None:
         if self.num_experts < 2:
@@ -192,5 +235,15 @@ class ModelConfig:
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int) -> int:
-    """Rows of the embedding: the tokenizer's vocabulary rounded up, the same in every layout."""
-    return -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
+    """Rows of the embedding: those of `model.vocab_size`, or the tokenizer's, rounded up; the same in every layout.
+
+    Raises:
+        ConfigError: if the tokenizer has more tokens than `model.vocab_size`.
+    """
+    if model.vocab_size is not None and vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size}, but the tokenizer of the data has {vocab_size} tokens: build the corpora "
+            "with the tokenizer of the model"
+        )
+    rows = vocab_size if model.vocab_size is None else model.vocab_size
+    return -(-rows // model.vocab_multiple) * model.vocab_multiple

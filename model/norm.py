@@ -71,3 +71,39 @@ class CoppiceNorm:
         if config.normalization not in kinds:
             raise ConfigError(f"normalization={config.normalization!r} is not supported: use RMSNorm or LayerNorm")
         return kinds[config.normalization](config, hidden_size, eps)
+
+
+class _AllHeadsNorm(RMSNorm):
+    """Normalises all heads of queries or keys together, where mcore's norm takes each by itself; for one tensor rank.
+
+    mcore hands over `[sequence, batch, heads, head_dim]` and builds the norm for one head.
+    """
+
+    @staticmethod
+    def _heads(config: TransformerConfig) -> int:
+        raise NotImplementedError
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        """Args: config: of the model; hidden_size: of one head; eps: of the mean square; unused: as in `RMSNorm`."""
+        super().__init__(config, self._heads(config) * hidden_size, eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., heads, head_dim]` -> the same shape."""
+        normed: torch.Tensor = super().forward(x.flatten(-2))
+        return normed.view(x.shape)
+
+
+class AllQueriesNorm(_AllHeadsNorm):
+    """Over all query heads."""
+
+    @staticmethod
+    def _heads(config: TransformerConfig) -> int:
+        return int(config.num_attention_heads)
+
+
+class AllKeysNorm(_AllHeadsNorm):
+    """Over all key heads."""
+
+    @staticmethod
+    def _heads(config: TransformerConfig) -> int:
+        return int(config.num_query_groups)

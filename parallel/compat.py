@@ -216,7 +216,7 @@ def load_sharded(
         require_complete(directory)
         reader = IndexReader(directory, read_index(directory))
         stored = _shapes_in(reader.read_metadata().state_dict_metadata)
-    asked = _asked_by_all(sharded_state_dict)
+    asked = asked_by_all(sharded_state_dict)
     missing, unexpected = asked.keys() - stored.keys(), stored.keys() - asked.keys()
     if strict and missing:
         raise CheckpointError(
@@ -336,7 +336,7 @@ def agreed() -> Iterator[None]:
             raise failure or CheckpointError(f"{error} (on rank {rank})")
 
 
-def _asked_by_all(sharded_state_dict: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+def asked_by_all(sharded_state_dict: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
     """Keys and shapes that any rank asks for; each rank knows its own pipeline stage and experts only."""
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, _asked_shapes(sharded_state_dict))

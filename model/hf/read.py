@@ -1,0 +1,102 @@
+"""Boxes of our tensors out of a published model: only the slices that a box needs are read.
+
+    reader = PublishedReader(PublishedModel(folder), model, num_experts)
+    reader.read_into("decoder.layers.0.self_attention.linear_qkv.weight", Box((0, 0), (64, 32)), target)
+"""
+
+import math
+from bisect import bisect_left
+from itertools import count
+
+import torch
+
+from model.config import ModelConfig
+from model.hf.logical import LogicalTensor, logical_tensors, published_shapes
+from model.hf.registry import family_of
+from model.hf.source import PublishedModel
+from parallel.errors import CheckpointError
+from parallel.regions import Box, intersect
+
+
+class PublishedReader:
+    """Our tensors, read from a published model.
+
+    Args:
+        source: the folder.
+        model: the network that it is read into; its architecture is that of the folder's config.json.
+
+    Attributes:
+        tensors: ours, by key.
+        left_out: names in the folder that are no part of what is trained here.
+
+    Raises:
+        ConfigError: if config.json has what cannot be expressed, or another architecture than the model.
+        CheckpointError: naming a tensor that is missing, unknown or of another shape.
+    """
+
+    def __init__(self, source: PublishedModel, model: ModelConfig) -> None:
+        self.source, self.family = source, family_of(source.config)
+        self.tensors = logical_tensors(model, model.num_experts, self.family.names)
+        self._first = {key: [b.box.offset[0] for b in t.blocks] for key, t in self.tensors.items()}
+        self._extent = {key: max(b.box.shape[0] for b in t.blocks) for key, t in self.tensors.items()}
+        self.left_out = sorted(n for n in source.tensors if self.family.left_out(source.config, n))
+        self._check()
+
+    def _check(self) -> None:
+        wanted, there, where = published_shapes(self.tensors.values()), self.source.tensors, self.source.folder
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise CheckpointError(f"{where} lacks {len(missing)} tensors of this model, first {missing[0]}")
+        extra = sorted(there.keys() - wanted.keys() - set(self.left_out))
+        if extra:
+            raise CheckpointError(
+                f"{where} holds {len(extra)} tensors that have no place in {self.family.model_type}, first {extra[0]}"
+            )
+        for name, shape in wanted.items():
+            if there[name].shape != shape:
+                raise CheckpointError(
+                    f"{where} has {name} of shape {list(there[name].shape)}, but its config.json asks for {list(shape)}"
+                )
+
+    def read_into(self, key: str, box: Box, target: torch.Tensor) -> None:
+        """Fill a tensor with a box of one of ours, cast to its type.
+
+        Args:
+            key: of our tensor.
+            box: any block of it.
+            target: of the box's shape, of any type and device.
+
+        Raises:
+            CheckpointError: if a file cannot be read.
+        """
+        tensor, filled = self.tensors[key], 0
+        for number in count(bisect_left(self._first[key], box.offset[0] - self._extent[key] + 1)):
+            if number == len(tensor.blocks) or tensor.blocks[number].box.offset[0] >= box.offset[0] + box.shape[0]:
+                break
+            block = tensor.blocks[number]
+            common = intersect(block.box, box)
+            if common is None:
+                continue
+            here = target
+            for axis, (first, at, extent) in enumerate(zip(box.offset, *common, strict=True)):
+                here = here.narrow(axis, at - first, extent)
+            if block.name is None:
+                here.zero_()
+            else:
+                axes = len(block.offset)
+                moved = zip(block.offset, common.offset[-axes:], block.box.offset[-axes:], strict=True)
+                offset = tuple(start + at - first for start, at, first in moved)
+                here.copy_(self.source.read(block.name, offset, common.shape[-axes:]).view(here.shape))
+            filled += common.numel
+        if filled != box.numel:
+            raise AssertionError(f"the blocks of {key} cover {filled} of {box.numel} elements of {box}")
+
+    def bytes_read(self) -> int:
+        """Bytes of all tensors of the folder that are taken."""
+        names = published_shapes(self.tensors.values())
+        taken = (self.source.tensors[name] for name in names)
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in taken)
+
+    def tensor(self, key: str) -> LogicalTensor:
+        """One of ours."""
+        return self.tensors[key]

@@ -1,0 +1,46 @@
+"""Which family a config.json is of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.hf.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from model.hf.llama import LLAMA
+from model.hf.mapping import Family
+from model.hf.mixtral import MIXTRAL
+from model.hf.olmoe import OLMOE
+from model.hf.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from parallel.errors import ConfigError
+
+FAMILIES = {
+    family.model_type: family
+    for family in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3)
+}
+# Families that are asked for and cannot be had, with the reason.
+_IMPOSSIBLE = {
+    "gpt_oss": "its weights are published in MXFP4 blocks, and mcore computes its attention sinks and alternating windows "
+    "with Transformer Engine only",
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a model.
+
+    Args:
+        config: config.json.
+
+    Raises:
+        ConfigError: naming a model_type or an architecture that is not known.
+    """
+    kind = config.get("model_type")
+    if kind in _IMPOSSIBLE:
+        raise ConfigError(f"config.json has model_type={kind}, which cannot be imported: {_IMPOSSIBLE[kind]}")
+    if kind not in FAMILIES:
+        raise ConfigError(f"config.json has model_type={kind}, which is not known: one of {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[kind]
+    named = config.get("architectures") or [family.architecture]
+    if list(named) != [family.architecture]:
+        raise ConfigError(
+            f"config.json has architectures={', '.join(map(str, named))}: of model_type={kind} only "
+            f"{family.architecture} is known"
+        )
+    return family
