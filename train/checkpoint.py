@@ -85,6 +85,8 @@ class Manifest:
     started_from: str | None = None
     # Checkpoint that was last continued with fresh moments.
     model_only: str | None = None
+    # The published model that it was imported from; it has weights alone then, and no moments by design.
+    imported: dict[str, str] | None = None
     # Step from which the schedule counts.
     schedule_begins: int = 0
     # The configuration of the run that wrote it.

@@ -30,6 +30,7 @@ from train.config import RunSettings
 from train.data import open_corpora
 from train.expansion import Amounts, decide, measure, wants_batches
 from train.guard import held_from
+from train.hf_start import KEPT
 from train.run import Run
 from train.settings import explain, settings_from_dict
 from train.switch import aged
@@ -321,6 +322,8 @@ def expand_offline(
             if told != old.files[name]:
                 raise CheckpointError(f"checkpoint {source.path}: {name} is damaged: use an older checkpoint")
         shutil.copytree(source.path / "rng", staging / "rng")
+        if (source.path / KEPT).is_dir():
+            shutil.copytree(source.path / KEPT, staging / KEPT)
         ages = aged(OptimizerAges.from_dict(old.ages), plan, entry.rules, old.optimizer_step)
         manifest = replace(
             old,

@@ -36,6 +36,7 @@ from train.config import RunSettings
 from train.data import phases_of
 from train.guard import Guard
 from train.health import Health
+from train.hf_start import check_imported
 from train.sample_order import Blend
 from train.save_task import SaveTask
 from train.settings import settings_to_dict
@@ -124,6 +125,9 @@ class Persistence:
 
     def _check_data(self, path: Path, manifest: Manifest) -> None:
         tokenizer = self.run.corpora[0][1].tokenizer_digest
+        if manifest.imported is not None:
+            check_imported(path, manifest, self.run.corpora[0][1])
+            return
         if manifest.data["tokenizer"] != tokenizer:
             raise CheckpointError(
                 f"checkpoint {path} was trained on tokens of another tokenizer (digest {manifest.data['tokenizer'][:12]}, "
@@ -203,9 +207,9 @@ class Persistence:
         """
         run, stage = self.run, self.run.stage
         self.load_stage(path / "tensors", manifest.optimizer_step, full)
-        if full:
+        if full or manifest.imported is not None:
             self.verify(path, manifest)
-        if run.schedule_begins == manifest.schedule_begins:
+        if run.schedule_begins == manifest.schedule_begins and manifest.imported is None:
             stage.scheduler.load_state_dict(manifest.scheduler)
         run.step, run.samples = manifest.step, manifest.data["samples"]
         if manifest.layout == self.layout.describe():
@@ -245,6 +249,8 @@ class Persistence:
             CheckpointError: naming the first tensor that differs.
         """
         found = take_fingerprints(self.run.stage.chunks, self.run.stage.optimizer, self.layout)
+        if manifest.imported is not None:
+            found = {name: numbers for name, numbers in found.items() if name.startswith("weight/")}
         name = first_difference(manifest.fingerprints, found)
         if name is not None:
             raise CheckpointError(

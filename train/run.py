@@ -29,6 +29,7 @@ from train.evaluation import Evaluated, Evaluation, evaluate, open_evaluation
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
 from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
+from train.hf_start import begin
 from train.named import named
 from train.observation import Observer
 from train.persistence import Persistence
@@ -194,6 +195,7 @@ class Run:
         run.evaluation = open_evaluation(run)
         if manifest and source:
             run.persistence.load(source, manifest, full=full)
+        begin(run, source, manifest)
         return run, source, manifest
 
     def _lock_folder(self, *, only_if_there: bool = False) -> None:
@@ -266,7 +268,7 @@ class Run:
             self.corpora,
             order.blends,
             # The order a run began with stays, whatever run.seed says later.
-            manifest.data["seed"] if manifest else self.settings.run.seed,
+            manifest.data["seed"] if manifest and not manifest.imported else self.settings.run.seed,
             self.layout,
             self.files.run_dir / "cache",
         )

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.errors import ConfigError, DataError
 from train.config import EvaluationSet, RunSettings
 from train.data_config import BlendPhase, CorpusWeight
+from train.hf_start import with_architecture
 from upcycle.stage_config import StageConfig
 
 
@@ -108,9 +109,11 @@ def compose_settings(overrides: list[str]) -> Any:
         GlobalHydra.instance().clear()
     try:
         with initialize_config_module(config_module="configs", version_base="1.3"):
-            return compose(config_name="config", overrides=overrides)
+            tree = compose(config_name="config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
+    with_architecture(tree, overrides)
+    return tree
 
 
 def to_settings(tree: Any) -> RunSettings:

@@ -5,11 +5,11 @@ are checkpoints and none is whole the run does not start: it never begins anew b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import padded_vocab_size
+from model.config import ModelConfig, padded_vocab_size
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 from parallel.optimizer_ages import NEVER, OptimizerAges
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # network is computed or trained, not which tensors it has or what they mean. The number of experts has rules of its own
 # (`upcycle/course.py`).
 _FREE = frozenset(
-    ("num_experts", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "capacity_factor",
-     "experts", "dispatcher", "recompute", "mcore")
+    ("num_experts", "init_from", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate",
+     "capacity_factor", "experts", "dispatcher", "recompute", "mcore")
 )  # fmt: skip
 
 
@@ -146,6 +146,8 @@ def takes_optimizer(run: "Run", path: Path, manifest: Manifest) -> bool:
     `checkpoint.load=model_only` is for the checkpoint that a run begins or goes on with once. The same command again, as
     a batch system gives it, finds checkpoints with moments made since; only one that is named is taken without them again.
     """
+    if manifest.imported is not None:
+        return False
     if run.settings.checkpoint.load == "full":
         return True
     made_since = manifest.model_only is not None and belongs_to(run.files.run_dir, path)
@@ -164,11 +166,10 @@ def check_identity(settings: RunSettings, vocab_size: int, path: Path, manifest:
     Raises:
         CheckpointError: naming the first key that differs.
     """
-    mine = model_identity(settings, vocab_size)
-    for key in sorted(mine.keys() | manifest.model.keys()):
-        if mine.get(key) != manifest.model.get(key):
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
             raise CheckpointError(
-                f"checkpoint {path} is of another model: {key} was {manifest.model.get(key)} there and is "
+                f"checkpoint {path} is of another model: {key} was {there.get(key)} there and is "
                 f"{mine.get(key)} here: choose another run.dir, or the settings it was made with"
             )
 

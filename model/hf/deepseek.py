@@ -103,8 +103,7 @@ DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     fields=_FIELDS | {"router_scale": key("routed_scaling_factor", default=2.5)},
     fixed=_FIXED | {"router_score": "sigmoid", "balancing": "loss_free"},
-    required=_REQUIRED
-    | {"rope_interleave": (True,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    required=_REQUIRED | {"rope_interleave": (True,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     ignored=_IGNORED,
     derive=_v3,
     suggested={"init_std": key("initializer_range", default=0.02)},

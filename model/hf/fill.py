@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from model.hf.logical import our_key
 from model.hf.read import PublishedReader
 from model.holdings import describe_stage
 from model.sharded_state import model_state
@@ -19,12 +20,6 @@ from parallel.layout import Layout
 from parallel.regions import pieces_of
 
 _CHUNK_ELEMENTS = 1 << 24
-# Transformer Engine's layers hold some norms themselves: (as its checkpoints call them, as ours do).
-_FUSED_NORMS = (
-    ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
-    ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
-    ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
-)
 
 
 def fill(reader: PublishedReader, chunks: list[GPTModel], optimizer: Any, layout: Layout) -> int:
@@ -43,7 +38,7 @@ def fill(reader: PublishedReader, chunks: list[GPTModel], optimizer: Any, layout
         CheckpointError: on all ranks, if model and folder do not have the same tensors, or a file cannot be read.
     """
     asked = asked_by_all(model_state(chunks, layout))
-    names = {key: _our_key(key, reader) for key in asked}
+    names = {key: our_key(key, reader.tensors) for key in asked}
     with layout.together("comparing the model with the published one"):
         _compare(reader, asked, names)
     done = 0
@@ -58,19 +53,11 @@ def fill(reader: PublishedReader, chunks: list[GPTModel], optimizer: Any, layout
     return done
 
 
-def _our_key(key: str, reader: PublishedReader) -> str:
-    if key not in reader.tensors:
-        for fused, ours in _FUSED_NORMS:
-            if key.endswith(fused) and key.removesuffix(fused) + ours in reader.tensors:
-                return key.removesuffix(fused) + ours
-    return key
-
-
 def _compare(reader: PublishedReader, asked: dict[str, Any], names: dict[str, str]) -> None:
     where = reader.source.folder
     for key in asked:
         if names[key] not in reader.tensors:
-            raise CheckpointError(f"{where} has nothing for {key} of this model: its settings ask for more than the family has")
+            raise CheckpointError(f"{where} has nothing for {key} of this model: it has no such part")
         shape = reader.tensors[names[key]].shape
         if asked[key] not in (None, shape):
             raise CheckpointError(f"{key} has the shape {asked[key]} in this model and {shape} by {where}/config.json")

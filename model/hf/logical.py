@@ -234,6 +234,23 @@ def published_shapes(tensors: Iterable[LogicalTensor]) -> dict[str, tuple[int, .
     return shapes
 
 
+# Transformer Engine's layers hold some norms themselves: (as its checkpoints call them, as ours do).
+_FUSED_NORMS = (
+    ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
+    ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
+    ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+)
+
+
+def our_key(key: str, tensors: Mapping[str, LogicalTensor]) -> str:
+    """What a key of a model or a checkpoint is called among `tensors`; itself if it is called nothing there."""
+    if key not in tensors:
+        for fused, ours in _FUSED_NORMS:
+            if key.endswith(fused) and key.removesuffix(fused) + ours in tensors:
+                return key.removesuffix(fused) + ours
+    return key
+
+
 def expert_keys_of(tensors: Iterable[LogicalTensor]) -> dict[str, dict[str, int | str]]:
     """Keys that run over experts, as `model.sharded_state.expert_keys` gives them for a built model."""
     return {t.key: {"layer": t.layer, "kind": t.kind} for t in sorted(tensors, key=lambda t: t.key) if t.kind}

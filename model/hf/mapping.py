@@ -6,7 +6,7 @@ key is refused by name, so that nothing that matters is passed over in silence.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from model.config import ModelConfig
@@ -22,6 +22,11 @@ _IGNORED = frozenset(
      "partial_rotary_factor")
 )  # fmt: skip
 _ABSENT = object()
+# Our keys that say how a network is trained or computed, not what it is.
+_NOT_ARCHITECTURE = frozenset(
+    ("init_from", "vocab_multiple", "init_std", "dropout", "balancing", "aux_loss_coeff", "z_loss_coeff",
+     "bias_update_rate", "capacity_factor", "experts", "dispatcher", "recompute", "mcore")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ class Family:
             ConfigError: naming a key and its value that we cannot express.
         """
         self._refuse(config)
-        values: dict[str, Any] = {name: f.of(config) for name, f in self.fields.items()} | dict(self.fixed)
+        values: dict[str, Any] = {f.name: f.default for f in fields(ModelConfig) if f.name not in _NOT_ARCHITECTURE}
+        values |= {name: f.of(config) for name, f in self.fields.items()} | dict(self.fixed)
         values["num_experts"] = 0 if self.experts is None else self.experts.of(config)
         values |= rope_values(config, latent=values.get("attention") == "mla")
         return values | self.derive(config)
@@ -107,8 +113,8 @@ class Family:
         if config.get("quantization_config"):
             method = dict(config["quantization_config"]).get("quant_method", "unknown")
             raise ConfigError(
-                f"config.json has quantization_config (quant_method={method}): quantised weights cannot be trained; take the "
-                "bf16 version of the model, or dequantise it first"
+                f"config.json has quantization_config (quant_method={method}): quantised weights cannot be trained; "
+                "take the bf16 version of the model, or dequantise it first"
             )
         for name, allowed in self.required.items():
             value = config.get(name, allowed[0])
@@ -164,7 +170,9 @@ def rope_values(config: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
 def _take(scaling: dict[str, Any], name: str, allowed: tuple[Any, ...]) -> None:
     value = scaling.pop(name, allowed[0])
     if value not in allowed:
-        raise ConfigError(f"config.json has {name}={value!r} in its rope parameters; mcore computes {allowed[0]!r} only")
+        raise ConfigError(
+            f"config.json has {name}={value!r} in its rope parameters; mcore computes {allowed[0]!r} only"
+        )
 
 
 def _llama3(scaling: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +231,9 @@ def moe_layers(layers: int, is_moe: Callable[[int], bool]) -> dict[str, int]:
                 if [i in found for i in range(layers)] == wanted:
                     return {"dense_first": first, "dense_last": last, "moe_period": period}
     shown = "".join("M" if moe else "d" for moe in wanted)
-    raise ConfigError(f"config.json has MoE (M) and dense (d) layers {shown}: no leading and trailing dense layers and a period")
+    raise ConfigError(
+        f"config.json has MoE (M) and dense (d) layers {shown}: they are not dense ends and a period between them"
+    )
 
 
 # What nearly all families have in common.

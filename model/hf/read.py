@@ -1,7 +1,7 @@
 """Boxes of our tensors out of a published model: only the slices that a box needs are read.
 
-    reader = PublishedReader(PublishedModel(folder), model, num_experts)
-    reader.read_into("decoder.layers.0.self_attention.linear_qkv.weight", Box((0, 0), (64, 32)), target)
+reader = PublishedReader(PublishedModel(folder), model, num_experts)
+reader.read_into("decoder.layers.0.self_attention.linear_qkv.weight", Box((0, 0), (64, 32)), target)
 """
 
 import math

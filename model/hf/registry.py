@@ -1,4 +1,15 @@
-"""Which family a config.json is of."""
+"""Which family a config.json is of. This folder goes between published models (Hugging Face's folders) and ours:
+
+    mapping.py   what a family is: fields of config.json, names of tensors
+    llama.py, qwen.py, mixtral.py, olmoe.py, deepseek.py    the families, a page each
+    logical.py   our tensors by key and global shape, and which blocks of published tensors each is made of
+    source.py    a folder on disk: config.json, and slices of its safetensors
+    read.py      boxes of our tensors out of a folder
+    fill.py      fills the model of a rank
+    write.py     safetensors in shards, written as a stream
+
+Imports and exports of checkpoints are in `train/hf_command.py`: `python -m model.hf`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +46,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if kind in _IMPOSSIBLE:
         raise ConfigError(f"config.json has model_type={kind}, which cannot be imported: {_IMPOSSIBLE[kind]}")
     if kind not in FAMILIES:
-        raise ConfigError(f"config.json has model_type={kind}, which is not known: one of {', '.join(sorted(FAMILIES))}")
+        raise ConfigError(
+            f"config.json has model_type={kind}, which is not known: one of {', '.join(sorted(FAMILIES))}"
+        )
     family = FAMILIES[kind]
     named = config.get("architectures") or [family.architecture]
     if list(named) != [family.architecture]:

@@ -69,7 +69,9 @@ class ShardWriter:
     def begin(self, name: str) -> None:
         """Go on with the next tensor."""
         if self._left or self.order[self._next] != name:
-            raise AssertionError(f"{name} is out of turn: {self.order[self._next]} is next, {self._left} bytes are owed")
+            raise AssertionError(
+                f"{name} is out of turn: {self.order[self._next]} is next, {self._left} bytes are owed"
+            )
         for number, shard in enumerate(self._shards):
             if shard[0] == name:
                 self._open(number)
@@ -117,7 +119,9 @@ class ShardWriter:
         """
         self._close()
         if self._left or self._next != len(self.order):
-            raise CheckpointError(f"{self._folder} is not complete: {len(self.order) - self._next} tensors were not written")
+            raise CheckpointError(
+                f"{self._folder} is not complete: {len(self.order) - self._next} tensors were not written"
+            )
         if len(self._shards) > 1:
             where = {name: self.file_of(number) for number, shard in enumerate(self._shards) for name in shard}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}

@@ -1,0 +1,184 @@
+"""A run that begins with a published model (`model.init_from=hf:DIR`), or with a checkpoint imported from one.
+
+Its architecture comes from config.json: `with_architecture` puts it into the configuration before anything is checked. Its
+weights and masters are read by every rank (`begin`). Moments are fresh by design, the schedule begins at its start. What
+belongs to the model besides weights is kept in RUN_DIR/huggingface, from where an export takes it; a run that is started
+again with the same command reads config.json there if the source is gone, and goes on with its own checkpoints.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model.config import HF_PREFIX, ModelConfig
+from model.hf.registry import family_of
+from model.hf.source import CONFIG, TOKENIZER_FILES, carry_over, read_config
+from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
+from train.checkpoint import Manifest, belongs_to, list_checkpoints, read_manifest
+from train.checkpoint_files import is_sealed
+from train.tokenizers import build_tokenizer
+
+if TYPE_CHECKING:
+    from train.run import Run
+
+# Folder in a run directory and in an imported checkpoint.
+KEPT = "huggingface"
+# About training: the family's way of it replaces the preset's, but not what the command line says.
+_TRAINED = ("balancing", "aux_loss_coeff", "bias_update_rate", "init_std")
+
+
+def with_architecture(tree: Any, overrides: Sequence[str]) -> None:
+    """Put the architecture of the published model, where a configuration names one, into its `model` group.
+
+    Args:
+        tree: composed configuration; changed in place.
+        overrides: of the command line. A key of the architecture must not say something else there.
+
+    Raises:
+        CoppiceError: if the model cannot be read or expressed, or the command line contradicts it.
+    """
+    found = _named_model(tree)
+    if found is None:
+        return
+    folder, experts = found
+    config = read_config(folder)
+    family = family_of(config)
+    said = {word.lstrip("+").split("=", 1)[0] for word in overrides}
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in _TRAINED}
+    training = defaults | family.training_values(config)
+    values = {k: v for k, v in training.items() if f"model.{k}" not in said}
+    architecture = family.architecture_values(config)
+    if experts is not None:
+        architecture["num_experts"] = experts
+    for name, value in architecture.items():
+        told = tree.model[name]
+        free = name == "num_experts" and experts is not None
+        if f"model.{name}" in said and told != value and not free:
+            raise ConfigError(f"model.{name}={told}, but {folder / CONFIG} makes it {value}: leave the key out")
+        values[name] = told if free and f"model.{name}" in said else value
+    for name, value in values.items():
+        try:
+            OmegaConf.update(tree, f"model.{name}", value)
+        except OmegaConfBaseException as e:
+            raise ConfigError(f"{folder / CONFIG} makes model.{name}={value!r}: {str(e).splitlines()[0]}") from None
+    if experts is not None and "run.precision" not in said:
+        tree.run.precision = read_manifest(Path(tree.run.resume)).config["run"]["precision"]
+
+
+def _named_model(tree: Any) -> tuple[Path, int | None] | None:
+    """The folder with the config.json that a configuration names, and the experts of an imported checkpoint."""
+    named, resume = tree.model.init_from, Path(str(tree.run.resume))
+    kept = Path(tree.run.dir) / KEPT
+    if named is not None:
+        folder = Path(str(named).removeprefix(HF_PREFIX))
+        gone = not (folder / CONFIG).is_file() and (kept / CONFIG).is_file()
+        return (kept if gone and list_checkpoints(Path(tree.run.dir)) else folder), None
+    if is_sealed(resume) and (resume / KEPT / CONFIG).is_file():
+        manifest = read_manifest(resume)
+        if manifest.imported is not None:
+            return resume / KEPT, manifest.num_experts
+    return None
+
+
+def begin(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
+    """Fill the model of a run that begins with a published one, and keep what belongs to it; collective.
+
+    Args:
+        run: its first stage is built; a checkpoint, if it starts from one, is loaded.
+        source: the checkpoint it starts from.
+        manifest: of that checkpoint.
+
+    Raises:
+        CoppiceError: if the weights cannot be read, do not fit, or have two sources.
+    """
+    named = run.settings.model.init_from
+    own = source is not None and belongs_to(run.files.run_dir, source)
+    if source is not None and not own and named is not None:
+        raise ConfigError(
+            f"run.resume={run.settings.run.resume} and model.init_from={named} both say what the run begins with: use one"
+        )
+    if source is None and named is not None:
+        _fill(run, Path(named.removeprefix(HF_PREFIX)))
+    elif source is not None and not own and (source / KEPT).is_dir():
+        _keep(run, source / KEPT)
+        if manifest is not None and manifest.imported is not None:
+            run.console.say(
+                f"{source} was imported from {manifest.imported['source']}: weights and masters are its own, Adam's moments "
+                "are fresh, as it has none"
+            )
+
+
+def _fill(run: "Run", folder: Path) -> None:
+    from model.hf.fill import fill
+    from model.hf.read import PublishedReader
+    from model.hf.source import PublishedModel
+
+    began = time.perf_counter()
+    with run.layout.together("opening the published model"):
+        reader = PublishedReader(PublishedModel(folder), run.settings.model)
+        check_tokenizer(folder, run.corpora[0][1])
+    fill(reader, run.stage.chunks, run.stage.optimizer, run.layout)
+    _keep(run, folder)
+    family, size = reader.family.model_type, reader.bytes_read() / 2**20
+    if reader.left_out:
+        run.console.say(f"{folder}: {len(reader.left_out)} tensors are left out, first {reader.left_out[0]}")
+    run.console.say(
+        f"began with {folder} ({family}, {len(reader.tensors)} tensors, {size:,.1f} MiB) in "
+        f"{time.perf_counter() - began:.1f} s: weights and masters are its own, Adam's moments are fresh"
+    )
+    run.event("published_model", source=str(folder.absolute()), family=family, left_out=len(reader.left_out))
+
+
+def _keep(run: "Run", folder: Path) -> None:
+    """Carry config.json, tokenizer files and the like over into the run directory."""
+    with run.layout.together("keeping the files of the published model"):
+        if run.layout.rank == 0:
+            try:
+                carry_over(folder, run.files.run_dir / KEPT)
+            except OSError as e:
+                raise DataError(
+                    f"run.dir={run.files.run_dir} cannot be written ({e.strerror}): choose another"
+                ) from None
+
+
+def check_tokenizer(folder: Path, corpus: Any) -> None:
+    """Refuse a corpus of other tokens than those that a model knows, where its folder says which.
+
+    Args:
+        folder: of the published model.
+        corpus: manifest of the corpus.
+
+    Raises:
+        DataError: naming both.
+    """
+    digests = []
+    for name, kind in zip(TOKENIZER_FILES, ("huggingface", "sentencepiece"), strict=True):
+        if (folder / name).is_file():
+            try:
+                digests.append(build_tokenizer(f"{kind}:{folder / name}", eod=corpus.eod).digest)
+            except CoppiceError:
+                # Its library is not installed, or it is of another kind: it says nothing then.
+                continue
+    if digests and corpus.tokenizer_digest not in digests:
+        raise DataError(
+            f"corpus {corpus.prefix} holds tokens of {corpus.tokenizer_spec}, not of the tokenizer in {folder}: build it "
+            f"with `python -m train.corpus ... --tokenizer huggingface:{folder / TOKENIZER_FILES[0]}`"
+        )
+
+
+def check_imported(path: Path, manifest: Manifest, corpus: Any) -> None:
+    """`check_tokenizer` for an imported checkpoint.
+
+    Raises:
+        CoppiceError: naming what does not fit.
+    """
+    if not (path / KEPT).is_dir():
+        raise CheckpointError(
+            f"checkpoint {path} was imported from {manifest.imported} and lacks {KEPT}: import it again"
+        )
+    check_tokenizer(path / KEPT, corpus)
