@@ -158,7 +158,8 @@ class UpcycleConfig:
             raise ConfigError("upcycle.stages needs experts: model.num_experts=0 is a dense model")
         one_of("upcycle.path", self.path, PATHS)
         positive("upcycle.transfer_chunk_mib", self.transfer_chunk_mib)
-        before, last, decided = model.num_experts, 0, "parallel.expert"
+        # Only what is expanded offline can begin before the first step (`check_triggers`): a model that was imported.
+        before, last, decided = model.num_experts, -1, "parallel.expert"
         released = 0
         for i, stage in enumerate(self.stages):
             key = keys[i] if keys else f"upcycle.stages[{i}]"
