@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model.config import HF_PREFIX, ModelConfig
+from model.config import HF_PREFIX, ModelConfig, padded_vocab_size
 from model.hf.registry import family_of
 from model.hf.source import CONFIG, TOKENIZER_FILES, carry_over, read_config
 from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
 from train.checkpoint import Manifest, belongs_to, list_checkpoints, read_manifest
 from train.checkpoint_files import is_sealed
+from train.config import RunSettings
 from train.tokenizers import build_tokenizer
 
 if TYPE_CHECKING:
@@ -85,6 +86,26 @@ def _named_model(tree: Any) -> tuple[Path, int | None] | None:
     return None
 
 
+def check_published(settings: RunSettings, corpora: Sequence[Any]) -> None:
+    """Check a published model against the corpora and the configuration, before anything is joined or built.
+
+    Raises:
+        CoppiceError: naming what is missing, unknown, of another shape, or of another tokenizer.
+    """
+    from model.hf.read import PublishedReader
+    from model.hf.source import PublishedModel
+
+    corpus = corpora[0][1]
+    # Refuses a tokenizer with more tokens than the model has rows.
+    padded_vocab_size(settings.model, corpus.vocab_size)
+    named = settings.model.init_from
+    if named is None or list_checkpoints(Path(settings.run.dir)) or settings.run.resume not in ("auto", "never"):
+        return
+    folder = Path(named.removeprefix(HF_PREFIX))
+    PublishedReader(PublishedModel(folder), settings.model)
+    check_tokenizer(folder, corpus)
+
+
 def begin(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
     """Fill the model of a run that begins with a published one, and keep what belongs to it; collective.
 
@@ -121,7 +142,6 @@ def _fill(run: "Run", folder: Path) -> None:
     began = time.perf_counter()
     with run.layout.together("opening the published model"):
         reader = PublishedReader(PublishedModel(folder), run.settings.model)
-        check_tokenizer(folder, run.corpora[0][1])
     fill(reader, run.stage.chunks, run.stage.optimizer, run.layout)
     _keep(run, folder)
     family, size = reader.family.model_type, reader.bytes_read() / 2**20

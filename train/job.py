@@ -11,6 +11,7 @@ from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
 from train.data import open_corpora
 from train.evaluation import open_sets
+from train.hf_start import check_published
 from train.run import Run
 from train.signals import StopRequest
 from train.status import tell_failed_start, tell_failure
@@ -35,6 +36,7 @@ def run_settings(settings: RunSettings) -> str:
     corpora = open_corpora(settings.data)
     # The run opens them too; what is wrong with one is told before any process group.
     open_sets(settings.evaluation, settings.data, corpora)
+    check_published(settings, corpora)
     joined = join_job(settings.parallel.timeout_seconds)
     try:
         layout = Layout.create(settings.parallel, settings.run.seed)

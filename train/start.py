@@ -166,8 +166,11 @@ def check_identity(settings: RunSettings, vocab_size: int, path: Path, manifest:
     Raises:
         CheckpointError: naming the first key that differs.
     """
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+    mine = model_identity(settings, vocab_size)
+    # What a checkpoint does not know of was as it is by default.
+    there = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.name not in _FREE} | manifest.model
+    for key in sorted(mine.keys() | there.keys()):
+        if mine.get(key) != there.get(key):
             raise CheckpointError(
                 f"checkpoint {path} is of another model: {key} was {there.get(key)} there and is "
                 f"{mine.get(key)} here: choose another run.dir, or the settings it was made with"

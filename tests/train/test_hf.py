@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from parallel.errors import ExpansionError
 from tests.distributed import run_distributed
-from tests.model.published import CASES, judge, make
+from tests.model.published import CASES, judge
 from tests.train.trainer import rewrite_manifest
 
 _NOISE_FACTOR = 4
@@ -33,25 +33,14 @@ _GROWN = {
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("published")
+def ours(published: Path, noise: dict[str, float]) -> dict[str, Any]:
+    return run_distributed(_through_all, 1, str(published))[0]
 
 
 @pytest.fixture(scope="session")
-def noise(root: Path) -> dict[str, float]:
-    """The models on disk; case -> what rounding does to its logits."""
-    return run_distributed(make, 1, str(root), init=False)[0]
-
-
-@pytest.fixture(scope="session")
-def ours(root: Path, noise: dict[str, float]) -> dict[str, Any]:
-    return run_distributed(_through_all, 1, str(root))[0]
-
-
-@pytest.fixture(scope="session")
-def judged(root: Path, ours: dict[str, Any]) -> dict[str, Any]:
+def judged(published: Path, ours: dict[str, Any]) -> dict[str, Any]:
     """What transformers makes of the exports."""
-    folders = [f"{root}/{name}.export" for name in (*CASES, *(f"{n}.x{m}" for n in _GROWN for m in _GROWN[n]))]
+    folders = [f"{published}/{name}.export" for name in (*CASES, *(f"{n}.x{m}" for n in _GROWN for m in _GROWN[n]))]
     return dict(
         zip(
             [Path(f).name.removesuffix(".export") for f in folders],
@@ -65,20 +54,18 @@ def _through_all(root: str) -> dict[str, Any]:
     """Every model filled directly, and by way of an import; exported again; some grown and exported."""
     from tests.model.ours import filled, layout_of, loaded, logits_of
     from train import hf_command, upcycle_command
+    from train.hf_export import export_checkpoint
+    from train.hf_import import import_published
 
     layout, found = layout_of(), {}
     for name in CASES:
         folder, imported = Path(root) / name, Path(root) / f"{name}.import"
         found[f"{name}.filled"] = logits_of(*filled(folder, layout), layout)
-        # A chunk smaller than most tensors would be in earnest.
-        assert hf_command.main(["import", str(folder), "--output", str(imported)]) == 0
+        # Chunks and files far smaller than most tensors are, as they are in earnest.
+        small: dict[str, Any] = {"chunk_bytes": 3000, "say": print}
+        import_published(folder, imported, precision=None, vocab_multiple=128, **small)
         found[name] = logits_of(*loaded(imported, layout), layout)
-        assert (
-            hf_command.main(
-                ["export", str(imported), "--output", f"{imported.with_suffix('.export')}", "--shard-mib", "1"]
-            )
-            == 0
-        )
+        export_checkpoint(imported, Path(root) / f"{name}.export", like=None, dtype=None, shard_bytes=20_000, **small)
         for factor in _GROWN.get(name, ()):
             grown = Path(root) / f"{name}.x{factor}"
             mode = ["--bias-noise", "0"] if name == "deepseek_v3" else ["--mode", "exact", "--release-steps", "1"]
@@ -97,9 +84,12 @@ def _through_all(root: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_transformers(name: str, root: Path, noise: dict[str, float], ours: dict[str, Any]) -> None:
-    there = torch.load(root / name / "logits.pt")
+def test_logits_are_those_of_transformers(
+    name: str, published: Path, noise: dict[str, float], ours: dict[str, Any]
+) -> None:
+    there = torch.load(published / name / "logits.pt")
     distance = (ours[f"{name}.filled"].double() - there["exact"]).abs().max().item()
+    print(f"{distance / noise[name]:.2f} of what rounding does")
     assert 0 < noise[name] < 1e-4
     assert distance <= _NOISE_FACTOR * noise[name], f"{distance:.2e}, rounding {noise[name]:.2e}"
     assert torch.equal(ours[name], ours[f"{name}.filled"]), "by way of an import it is another model"
@@ -117,22 +107,22 @@ def _contents(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, byt
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_import_and_export_give_the_same_bytes(name: str, root: Path, ours: dict[str, Any]) -> None:
-    assert _contents(root / f"{name}.export") == _contents(root / name)
-    before, after = (json.loads((root / n / "config.json").read_text()) for n in (name, f"{name}.export"))
+def test_import_and_export_give_the_same_bytes(name: str, published: Path, ours: dict[str, Any]) -> None:
+    assert _contents(published / f"{name}.export") == _contents(published / name)
+    before, after = (json.loads((published / n / "config.json").read_text()) for n in (name, f"{name}.export"))
     before.update({"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in before else {})
     assert after == before
 
 
 @pytest.mark.parametrize("name", [f"{name}.x{factor}" for name, factors in _GROWN.items() for factor in factors])
 def test_a_grown_model_is_one_of_its_family(
-    name: str, root: Path, noise: dict[str, float], ours: dict[str, Any], judged: dict[str, Any]
+    name: str, published: Path, noise: dict[str, float], ours: dict[str, Any], judged: dict[str, Any]
 ) -> None:
-    case, factor = name.split(".x")
+    case = name.split(".x")[0]
     found = judged[name]
     assert found["told"] == {}, "transformers did not take it as it is"
-    small, large = _contents(root / case), _contents(root / f"{name}.export")
-    manifest = json.loads((root / name / "manifest.json").read_text())
+    small, large = _contents(published / case), _contents(published / f"{name}.export")
+    manifest = json.loads((published / name / "manifest.json").read_text())
     parents = {layer["layer"] - 1: layer["parents"] for layer in manifest["plans"][0]["layers"]}
     experts = len(next(iter(parents.values())))
     assert experts in [
@@ -154,6 +144,6 @@ def test_a_grown_model_is_one_of_its_family(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_export_loads_and_gives_the_same_logits(name: str, root: Path, judged: dict[str, Any]) -> None:
+def test_an_export_loads_and_gives_the_same_logits(name: str, published: Path, judged: dict[str, Any]) -> None:
     assert judged[name]["told"] == {}
-    assert torch.equal(judged[name]["logits"], torch.load(root / name / "logits.pt")["logits"])
+    assert torch.equal(judged[name]["logits"], torch.load(published / name / "logits.pt")["logits"])
