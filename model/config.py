@@ -70,8 +70,9 @@ class ModelConfig:
     mla_head_dim: int = 128
     mla_rope_head_dim: int = 64
     mla_value_head_dim: int = 128
-    # Normalise queries and keys: each head by itself, or all heads together (gqa only, needs parallel.tensor=1).
+    # Normalise queries and keys per head.
     qk_norm: bool = False
+    # Normalise all heads of queries, and of keys, together (gqa only; needs parallel.tensor=1).
     qk_norm_all_heads: bool = False
     normalization: str = "RMSNorm"
     norm_epsilon: float = 1e-5
@@ -81,12 +82,15 @@ class ModelConfig:
     qkv_bias: bool = False
     rope_base: float = 10000.0
     rope_percent: float = 1.0
-    # Stretched rotary frequencies: none, `llama3` (gqa) or `yarn` (mla), by a factor over an original length in tokens.
+    # Stretched rotary frequencies: none, `llama3` (gqa only) or `yarn` (mla only).
     rope_scaling: str = "none"
+    # How far they are stretched.
     rope_scaling_factor: float = 1.0
+    # Sequence length they were first trained at.
     rope_original_length: int = 8192
-    # yarn only: weights of the attention's magnitude, in the rotated part and in the whole head.
+    # yarn only: weight of the correction of magnitude in the rotated part of a head.
     rope_mscale: float = 1.0
+    # yarn only: weight of the correction of magnitude in the whole head.
     rope_mscale_all_dim: float = 0.0
     # Use one matrix for the input embedding and the output layer.
     tie_embeddings: bool = False
@@ -103,7 +107,7 @@ class ModelConfig:
     expert_ffn_hidden_size: int = 512
     # Total width of the experts every token passes; null means none.
     shared_expert_ffn_hidden_size: int | None = None
-    # Weigh what the shared experts give by a gate of its own, a learned sigmoid per token.
+    # Weigh what the shared experts give by a gate of their own, a learned sigmoid per token.
     shared_expert_gate: bool = False
     # Leading and trailing layers that stay dense, and the period of MoE layers between them (2: every second one).
     dense_first: int = 0
