@@ -137,7 +137,7 @@ _MEANINGS = {
     "model.activation": "Activation of dense layers and experts; swiglu and geglu are gated.",
     "model.linear_bias": "Bias terms in linear layers.",
     "model.qkv_bias": "Bias terms in the qkv projection alone.",
-    "model.rope_base": "Base of the rotary position embedding; its fractional part is cut off.",
+    "model.rope_base": "Base of the rotary position embedding.",
     "model.rope_percent": "Part of each head that is rotated.",
     "model.init_std": "Standard deviation of the initial weights.",
     "model.dropout": "Dropout of attention and of the residual stream.",

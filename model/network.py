@@ -132,6 +132,8 @@ class _Maker:
         self._experts(f"{name}{_EXPERTS}experts", num_experts)
         if model.shared_expert_ffn_hidden_size:
             self._feed_forward(f"{name}.mlp.shared_experts", model.shared_expert_ffn_hidden_size, bias=False)
+            if model.shared_expert_gate:
+                self.add(f"{name}.mlp.shared_experts.gate_weight", (1, model.hidden_size))
 
     def _attention(self, name: str) -> None:
         model, hidden = self._model, self._model.hidden_size
@@ -143,8 +145,9 @@ class _Maker:
             bias = model.linear_bias or model.qkv_bias
             self.linear(f"{name}.linear_qkv", ((heads + 2 * kv) * width, hidden), 0, bias)
             if model.qk_norm:
-                self.norm(f"{name}.q_layernorm", width)
-                self.norm(f"{name}.k_layernorm", width)
+                together = model.qk_norm_all_heads
+                self.norm(f"{name}.q_layernorm", heads * width if together else width)
+                self.norm(f"{name}.k_layernorm", kv * width if together else width)
             return
         query, latent, rope = model.mla_query_rank, model.mla_kv_rank, model.mla_rope_head_dim
         if query:

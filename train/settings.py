@@ -24,7 +24,6 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.errors import ConfigError, DataError
 from train.config import EvaluationSet, RunSettings
 from train.data_config import BlendPhase, CorpusWeight
-from train.hf_start import with_architecture
 from upcycle.stage_config import StageConfig
 
 
@@ -112,7 +111,11 @@ def compose_settings(overrides: list[str]) -> Any:
             tree = compose(config_name="config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
-    with_architecture(tree, overrides)
+    if tree.model.init_from is not None or tree.run.resume not in ("auto", "never"):
+        # Here and not above: it reads checkpoints, and planning is quick without torch.
+        from train.hf_start import with_architecture
+
+        with_architecture(tree, overrides)
     return tree
 
 

@@ -1,0 +1,127 @@
+"""Folders of published models that are not what they should be, and reading any box of any tensor."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.hf.read import PublishedReader
+from model.hf.registry import family_of
+from model.hf.source import INDEX, SINGLE, PublishedModel
+from parallel.errors import CheckpointError, ConfigError, CoppiceError
+from parallel.regions import Box
+from tests.model.published import CASES
+
+_OUTPUT = "lm_head.weight"
+
+
+def _reader(folder: Path) -> PublishedReader:
+    source = PublishedModel(folder)
+    return PublishedReader(source, family_of(source.config).model_config(source.config))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_box_is_that_of_the_whole(name: str, published: Path, noise: dict[str, float]) -> None:
+    reader, draw = _reader(published / name), random.Random(name)
+    for key, tensor in reader.tensors.items():
+        whole = torch.full(tensor.shape, torch.nan)
+        reader.read_into(key, Box((0,) * len(tensor.shape), tensor.shape), whole)
+        assert not whole.isnan().any(), key
+        for _ in range(3):
+            offset = tuple(draw.randrange(n) for n in tensor.shape)
+            box = Box(offset, tuple(draw.randint(1, n - o) for n, o in zip(tensor.shape, offset, strict=True)))
+            part = torch.full(box.shape, torch.nan)
+            reader.read_into(key, box, part)
+            assert torch.equal(part, whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))]), (key, box)
+
+
+def _changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / SINGLE)
+        change(tensors)
+        save_file(tensors, folder / SINGLE, {"format": "pt"})
+
+    return apply
+
+
+def _pickled(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+
+
+def _indexed(**where: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        names = dict.fromkeys(load_file(folder / SINGLE), SINGLE)
+        (folder / INDEX).write_text(
+            json.dumps({"weight_map": names | {k.replace("__", "."): v for k, v in where.items()}})
+        )
+
+    return apply
+
+
+def _cut(folder: Path) -> None:
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-1])
+
+
+_BROKEN: dict[str, tuple[Callable[[Path], None], type[CoppiceError], str]] = {
+    "missing": (_changed(lambda t: t.pop(_OUTPUT)), CheckpointError, f"lacks 1 tensors of this model, first {_OUTPUT}"),
+    "extra": (
+        _changed(lambda t: t.update({"model.layers.0.extra.weight": torch.zeros(2)})),
+        CheckpointError,
+        "1 tensors that have no place in mixtral, first model.layers.0.extra.weight",
+    ),
+    "misshapen": (
+        _changed(lambda t: t.update({_OUTPUT: torch.zeros(104, 32)})),
+        CheckpointError,
+        r"lm_head.weight of shape [104, 32], but its config.json asks for [103, 32]",
+    ),
+    "quantised": (
+        _changed(lambda t: t.update({_OUTPUT: torch.zeros(103, 32, dtype=torch.int8)})),
+        ConfigError,
+        "lm_head.weight in",
+    ),
+    "pickled": (_pickled, CheckpointError, "as pickles (pytorch_model.bin), which may run code"),
+    "no weights": (lambda f: (f / SINGLE).unlink(), CheckpointError, "has neither"),
+    "cut": (_cut, CheckpointError, "cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "config.json cannot be read"),
+    "no folder": (lambda f: shutil.rmtree(f), ConfigError, "is no folder: download the model first"),
+    "file named, not there": (
+        _indexed(lm_head__weight="other.safetensors"),
+        CheckpointError,
+        "other.safetensors is missing",
+    ),
+    "file elsewhere": (_indexed(lm_head__weight=f"../{SINGLE}"), CheckpointError, "is missing, which"),
+    "named in the index only": (_indexed(ghost="model.safetensors"), CheckpointError, "lacks ghost, which"),
+}
+
+
+@pytest.mark.parametrize("fault", _BROKEN)
+def test_a_folder_that_is_not_whole_is_refused(
+    fault: str, published: Path, noise: dict[str, float], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(published / "mixtral", folder)
+    breaks, error, told = _BROKEN[fault]
+    breaks(folder)
+    with pytest.raises(error) as refused:
+        _reader(folder)
+    assert told in str(refused.value)
+
+
+def test_heads_of_multi_token_prediction_are_left_out(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(published / "deepseek_v3", folder)
+    extra = {
+        "model.layers.3.eh_proj.weight": torch.zeros(2, 2),
+        "model.layers.3.embed_tokens.weight": torch.zeros(2, 2),
+    }
+    _changed(lambda t: t.update(extra))(folder)
+    assert _reader(folder).left_out == sorted(extra)
+    _changed(lambda t: t.update({"model.layers.4.eh_proj.weight": torch.zeros(2, 2)}))(folder)
+    with pytest.raises(CheckpointError, match=r"first model\.layers\.4\.eh_proj"):
+        _reader(folder)
