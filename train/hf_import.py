@@ -22,7 +22,7 @@ from parallel.stream_files import TensorWriter, first_element, pieces
 from train.checkpoint import Manifest, need_space
 from train.checkpoint_files import digests, file_names, seal
 from train.config import RunConfig, RunSettings
-from train.hf_start import KEPT
+from train.run_files import PUBLISHED as KEPT
 from train.settings import settings_to_dict
 from train.start import model_identity
 

@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,16 +19,15 @@ from model.config import HF_PREFIX, ModelConfig, padded_vocab_size
 from model.hf.registry import family_of
 from model.hf.source import CONFIG, TOKENIZER_FILES, carry_over, read_config
 from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
-from train.checkpoint import Manifest, belongs_to, list_checkpoints, read_manifest
+from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest
 from train.checkpoint_files import is_sealed
 from train.config import RunSettings
+from train.run_files import PUBLISHED as KEPT
 from train.tokenizers import build_tokenizer
 
 if TYPE_CHECKING:
     from train.run import Run
 
-# Folder in a run directory and in an imported checkpoint.
-KEPT = "huggingface"
 # About training: the family's way of it replaces the preset's, but not what the command line says.
 _TRAINED = ("balancing", "aux_loss_coeff", "bias_update_rate", "init_std")
 
@@ -46,7 +45,7 @@ def with_architecture(tree: Any, overrides: Sequence[str]) -> None:
     found = _named_model(tree)
     if found is None:
         return
-    folder, experts = found
+    folder, experts, precision = found
     config = read_config(folder)
     family = family_of(config)
     said = {word.lstrip("+").split("=", 1)[0] for word in overrides}
@@ -67,22 +66,42 @@ def with_architecture(tree: Any, overrides: Sequence[str]) -> None:
             OmegaConf.update(tree, f"model.{name}", value)
         except OmegaConfBaseException as e:
             raise ConfigError(f"{folder / CONFIG} makes model.{name}={value!r}: {str(e).splitlines()[0]}") from None
-    if experts is not None and "run.precision" not in said:
-        tree.run.precision = read_manifest(Path(tree.run.resume)).config["run"]["precision"]
+    if precision is not None and "run.precision" not in said:
+        tree.run.precision = precision
 
 
-def _named_model(tree: Any) -> tuple[Path, int | None] | None:
-    """The folder with the config.json that a configuration names, and the experts of an imported checkpoint."""
-    named, resume = tree.model.init_from, Path(str(tree.run.resume))
-    kept = Path(tree.run.dir) / KEPT
-    if named is not None:
-        folder = Path(str(named).removeprefix(HF_PREFIX))
-        gone = not (folder / CONFIG).is_file() and (kept / CONFIG).is_file()
-        return (kept if gone and list_checkpoints(Path(tree.run.dir)) else folder), None
+class _Named(NamedTuple):
+    """What a configuration says of a published model.
+
+    Attributes:
+        folder: with its config.json.
+        experts: of the checkpoint that the run goes on from, which may have been expanded; None for those of config.json.
+        precision: of that checkpoint.
+    """
+
+    folder: Path
+    experts: int | None = None
+    precision: str | None = None
+
+
+def _named_model(tree: Any) -> _Named | None:
+    """What a configuration names: a folder, an imported checkpoint, or a run that once began with either."""
+    run_dir, resume = Path(str(tree.run.dir)), Path(str(tree.run.resume))
+    own = list_checkpoints(run_dir) if (run_dir / KEPT / CONFIG).is_file() else []
+    if tree.model.init_from is not None:
+        folder = Path(str(tree.model.init_from).removeprefix(HF_PREFIX))
+        return _Named(run_dir / KEPT if own and not (folder / CONFIG).is_file() else folder)
     if is_sealed(resume) and (resume / KEPT / CONFIG).is_file():
         manifest = read_manifest(resume)
         if manifest.imported is not None:
-            return resume / KEPT, manifest.num_experts
+            return _Named(resume / KEPT, manifest.num_experts, manifest.config["run"]["precision"])
+    for path in reversed(own):
+        try:
+            manifest = read_manifest(path)
+        except DamagedCheckpoint:
+            continue
+        first = manifest.plans[0]["experts_before"] if manifest.plans else manifest.num_experts
+        return _Named(run_dir / KEPT, first, manifest.config["run"]["precision"])
     return None
 
 
@@ -119,7 +138,9 @@ def begin(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
     """
     named = run.settings.model.init_from
     own = source is not None and belongs_to(run.files.run_dir, source)
-    if source is not None and not own and named is not None:
+    # A checkpoint of a run that began with the same model has no other source of weights behind it.
+    other = manifest is not None and manifest.config.get("model", {}).get("init_from") != named
+    if not own and named is not None and other:
         raise ConfigError(
             f"run.resume={run.settings.run.resume} and model.init_from={named} both say what the run begins with: use one"
         )

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.errors import ConfigError, DataError
 from train.config import EvaluationSet, RunSettings
 from train.data_config import BlendPhase, CorpusWeight
+from train.run_files import PUBLISHED
 from upcycle.stage_config import StageConfig
 
 
@@ -111,7 +112,8 @@ def compose_settings(overrides: list[str]) -> Any:
             tree = compose(config_name="config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
-    if tree.model.init_from is not None or tree.run.resume not in ("auto", "never"):
+    begun = (Path(tree.run.dir) / PUBLISHED).is_dir()
+    if begun or tree.model.init_from is not None or tree.run.resume not in ("auto", "never"):
         # Here and not above: it reads checkpoints, and planning is quick without torch.
         from train.hf_start import with_architecture
 

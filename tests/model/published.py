@@ -4,6 +4,7 @@ transformers takes seconds to import and must come before the CPU runtime of mco
 models in one child process: `make` builds and saves them with the logits they give, `judge` loads exports.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -67,6 +68,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Saved in bf16, selection biases in fp32, as the large ones are published.
+BF16 = ("qwen3_moe-sparse", "deepseek_v3-yarn")
+
+
 def token_ids(vocab: int) -> Any:
     """The tokens that all sides look at, [2, 32]."""
     import torch
@@ -74,12 +79,11 @@ def token_ids(vocab: int) -> Any:
     return torch.randint(0, vocab, (2, 32), generator=torch.Generator().manual_seed(7))
 
 
-def make(root: str, dtypes: dict[str, str] | None = None) -> dict[str, float]:
+def make(root: str) -> dict[str, float]:
     """Save a random model of every case under `root` with its logits, in fp32 and, as far as its code lets it, in fp64.
 
     Args:
         root: folder; one below it per case.
-        dtypes: case -> type to save in, if not fp32.
 
     Returns:
         Case -> how far fp32 is from fp64 in any logit: what rounding alone does to this model.
@@ -101,14 +105,17 @@ def make(root: str, dtypes: dict[str, str] | None = None) -> dict[str, float]:
                 # Nothing is at its initial value: each norm, bias and gate must be in its place.
                 noise = torch.randn(tensor.shape, generator=generator)
                 tensor.copy_(1 + 0.2 * noise if "norm" in key else 0.1 * noise if tensor.dim() == 1 else 0.25 * noise)
-        if dtypes and name in dtypes:
-            model = model.to(getattr(torch, dtypes[name]))
+                if name in BF16 and "correction_bias" not in key:
+                    tensor.copy_(tensor.bfloat16())
+            ids = token_ids(config.vocab_size)
+            logits = model(ids).logits
+            exact = copy.deepcopy(model).double()(ids).logits
+        torch.save({"logits": logits, "exact": exact}, Path(root) / f"{name}.logits")
+        if name in BF16:
+            # Not the buffers: rotary frequencies would be rounded with them.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
         model.save_pretrained(folder)
-        ids = token_ids(config.vocab_size)
-        with torch.no_grad():
-            logits = model.float()(ids).logits
-            exact = model.double()(ids).logits
-        torch.save({"logits": logits, "exact": exact}, folder / "logits.pt")
         found[name] = (logits.double() - exact).abs().max().item()
         assert math.isfinite(found[name]) and logits.std() > 0.1, name
     return found

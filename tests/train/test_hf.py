@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from parallel.errors import ExpansionError
 from tests.distributed import run_distributed
-from tests.model.published import CASES, judge
+from tests.model.published import BF16, CASES, judge
 from tests.train.trainer import rewrite_manifest
 
 _NOISE_FACTOR = 4
@@ -87,12 +87,16 @@ def _through_all(root: str) -> dict[str, Any]:
 def test_logits_are_those_of_transformers(
     name: str, published: Path, noise: dict[str, float], ours: dict[str, Any]
 ) -> None:
-    there = torch.load(published / name / "logits.pt")
+    there = torch.load(published / f"{name}.logits")
     distance = (ours[f"{name}.filled"].double() - there["exact"]).abs().max().item()
     print(f"{distance / noise[name]:.2f} of what rounding does")
     assert 0 < noise[name] < 1e-4
     assert distance <= _NOISE_FACTOR * noise[name], f"{distance:.2e}, rounding {noise[name]:.2e}"
-    assert torch.equal(ours[name], ours[f"{name}.filled"]), "by way of an import it is another model"
+    if name in BF16:
+        # An import is then one for runs in bf16; its bits are compared below.
+        assert not torch.equal(ours[name], ours[f"{name}.filled"])
+    else:
+        assert torch.equal(ours[name], ours[f"{name}.filled"]), "by way of an import it is another model"
 
 
 def _contents(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, bytes]]:
@@ -146,4 +150,4 @@ def test_a_grown_model_is_one_of_its_family(
 @pytest.mark.parametrize("name", CASES)
 def test_an_export_loads_and_gives_the_same_logits(name: str, published: Path, judged: dict[str, Any]) -> None:
     assert judged[name]["told"] == {}
-    assert torch.equal(judged[name]["logits"], torch.load(published / name / "logits.pt")["logits"])
+    assert torch.equal(judged[name]["logits"], torch.load(published / f"{name}.logits")["logits"])
