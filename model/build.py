@@ -29,6 +29,7 @@ from parallel.compat import (
     is_moe_layer,
     layer_submodules,
     make_transformer_config,
+    norms_uncompressed_queries,
     use_experts,
 )
 from parallel.errors import ConfigError
@@ -86,6 +87,11 @@ def transformer_config(
         raise ConfigError(
             f"model.qk_norm_all_heads=true needs parallel.tensor=1, not {parallel.tensor}: the norm runs over heads of all "
             "tensor ranks"
+        )
+    if model.attention == "mla" and model.qk_norm and not model.mla_query_rank and norms_uncompressed_queries():
+        raise ConfigError(
+            "model.mla_query_rank=null with model.qk_norm=true: this mcore normalises uncompressed queries as well, as no "
+            "published model does: use mcore 0.16, or a query rank"
         )
     if model.dispatcher == "flex" and not any(importlib.util.find_spec(name) for name in ("deep_ep", "hybrid_ep")):
         raise ConfigError(

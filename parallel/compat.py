@@ -138,6 +138,11 @@ def use_experts(layer_spec: Any, experts_cls: type) -> None:
     moe_submodules(layer_spec).experts = experts_cls
 
 
+def norms_uncompressed_queries() -> bool:
+    """Whether latent attention with norms of compressed keys has to norm uncompressed queries too (0.19, not 0.16)."""
+    return importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is not None
+
+
 def gradient_memory(wrapped: Any) -> list[torch.Tensor]:
     """The flat gradients of a chunk in mcore's DistributedDataParallel, dense and expert; empty ones left out."""
     buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]

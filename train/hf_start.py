@@ -19,7 +19,7 @@ from model.config import HF_PREFIX, ModelConfig, padded_vocab_size
 from model.hf.registry import family_of
 from model.hf.source import CONFIG, TOKENIZER_FILES, carry_over, read_config
 from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
-from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest
+from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest, resolve
 from train.checkpoint_files import is_sealed
 from train.config import RunSettings
 from train.run_files import PUBLISHED as KEPT
@@ -118,7 +118,15 @@ def check_published(settings: RunSettings, corpora: Sequence[Any]) -> None:
     # Refuses a tokenizer with more tokens than the model has rows.
     padded_vocab_size(settings.model, corpus.vocab_size)
     named = settings.model.init_from
-    if named is None or list_checkpoints(Path(settings.run.dir)) or settings.run.resume not in ("auto", "never"):
+    if named is None or list_checkpoints(Path(settings.run.dir)):
+        return
+    if settings.run.resume not in ("auto", "never"):
+        path = resolve(Path(settings.run.dir), settings.run.resume)
+        # A checkpoint of a run that began with the same model has no other source of weights behind it.
+        if path is not None and read_manifest(path).config.get("model", {}).get("init_from") != named:
+            raise ConfigError(
+                f"run.resume={settings.run.resume} and model.init_from={named} both say what the run begins with: use one"
+            )
         return
     folder = Path(named.removeprefix(HF_PREFIX))
     PublishedReader(PublishedModel(folder), settings.model)
@@ -134,16 +142,10 @@ def begin(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
         manifest: of that checkpoint.
 
     Raises:
-        CoppiceError: if the weights cannot be read, do not fit, or have two sources.
+        CoppiceError: if the weights cannot be read, or do not fit.
     """
     named = run.settings.model.init_from
     own = source is not None and belongs_to(run.files.run_dir, source)
-    # A checkpoint of a run that began with the same model has no other source of weights behind it.
-    other = manifest is not None and manifest.config.get("model", {}).get("init_from") != named
-    if not own and named is not None and other:
-        raise ConfigError(
-            f"run.resume={run.settings.run.resume} and model.init_from={named} both say what the run begins with: use one"
-        )
     if source is None and named is not None:
         _fill(run, Path(named.removeprefix(HF_PREFIX)))
     elif source is not None and not own and (source / KEPT).is_dir():
