@@ -74,7 +74,7 @@ def import_published(
             layout={"world": 1},
             fingerprints=found,
             experts=expert_keys_of(reader.tensors.values()),
-            data={"samples": 0, "seed": None, "blends": [], "tokenizer": None, "sequence_length": None},
+            data={"samples": 0, "seed": settings.run.seed, "blends": [], "tokenizer": None, "sequence_length": None},
             scheduler={},
             config=settings_to_dict(settings),
             versions=versions(),

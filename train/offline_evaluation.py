@@ -27,6 +27,7 @@ from train.checkpoint import DamagedCheckpoint
 from train.config import EvaluationSet, RunSettings
 from train.data import open_corpora
 from train.evaluation import Evaluation, Figures, ValidationSet, open_set, open_sets, refuse_other_tokenizer
+from train.hf_start import check_imported
 from train.offline import Source, open_source
 from train.settings import explain
 from train.stage import Network, build_network
@@ -66,6 +67,11 @@ def prepare(
     """
     mine = [word for word in overrides if word.startswith("parallel.")]
     source = open_source(path, [word for word in overrides if word not in mine])
+    imported = source.manifest.imported is not None
+    if imported and entries and not source.settings.data.blend:
+        # It comes from no run, and so from no corpus.
+        data = replace(source.settings.data, corpus=entries[0].prefix)
+        source = replace(source, settings=replace(source.settings, data=data))
     data, config = source.settings.data, source.settings.evaluation
     count = None if every else batches or config.batches
     if entries:
@@ -75,6 +81,10 @@ def prepare(
         if not sets:
             raise ConfigError(f"the run of {source.path} has no validation set: name one with --data NAME=PREFIX")
     for opened in sets:
+        if imported:
+            for part, _ in opened.corpora:
+                check_imported(source.path, source.manifest, part)
+            continue
         refuse_other_tokenizer(opened, source.manifest.data["tokenizer"], f"checkpoint {source.path}")
     settings = _settings(source, mine)
     check_identity(settings, source.manifest.vocab_size, source.path, source.manifest)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def _refusal(words: list[str]) -> str:
 def _stories(root: str, corpus: str) -> dict[str, Any]:
     """One process: a run from hf:, again with the source gone, exported; a run from an import; what is refused."""
     from tests.model.ours import layout_of, loaded, logits_of
-    from train import hf_command, upcycle_command
+    from train import evaluate, hf_command, upcycle_command
     from train.checkpoint import list_checkpoints
 
     folder, model = Path(root), Path(root) / "model"
@@ -59,6 +60,8 @@ def _stories(root: str, corpus: str) -> dict[str, Any]:
 
     imported = folder / "imported"
     assert hf_command.main(["import", str(model), "--output", str(imported)]) == 0
+    words = [str(imported), "data.sequence_length=32", "--data", f"text={corpus}", "--batches", "4"]
+    assert evaluate.main([*words, "--json", str(folder / "evaluation.json")]) == 0
     again = [*_RUN, f"data.corpus={corpus}", f"run.resume={imported}", f"run.dir={folder / 'second'}"]
     found["two sources"] = _refusal([*again, f"model.init_from=hf:{model}"])
     told = io.StringIO()
@@ -112,6 +115,9 @@ def test_a_run_begins_with_an_import(stories: dict[str, Any]) -> None:
     # The same weights, data and seed.
     assert metrics(run)[1]["lm_loss"] == metrics(stories["folder"] / "run")[1]["lm_loss"]
     assert not events(run, "data_change")
+    # Other text of the same kind, the same weights.
+    evaluated = json.loads((stories["folder"] / "evaluation.json").read_text())
+    assert abs(evaluated["sets"]["text"]["loss"] - metrics(run)[1]["lm_loss"]) < 0.2
 
 
 def test_what_does_not_fit_is_refused(stories: dict[str, Any]) -> None:
