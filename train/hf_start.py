@@ -89,7 +89,11 @@ def _named_model(tree: Any) -> _Named | None:
     run_dir, resume = Path(str(tree.run.dir)), Path(str(tree.run.resume))
     own = list_checkpoints(run_dir) if (run_dir / KEPT / CONFIG).is_file() else []
     if tree.model.init_from is not None:
-        folder = Path(str(tree.model.init_from).removeprefix(HF_PREFIX))
+        name = str(tree.model.init_from).removeprefix(HF_PREFIX)
+        if name in ("", str(tree.model.init_from)):
+            # Of no form that is known: `ModelConfig` says so.
+            return None
+        folder = Path(name)
         return _Named(run_dir / KEPT if own and not (folder / CONFIG).is_file() else folder)
     if is_sealed(resume) and (resume / KEPT / CONFIG).is_file():
         manifest = read_manifest(resume)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from model.hf.read import PublishedReader
 from model.hf.registry import family_of
 from model.hf.source import INDEX, SINGLE, PublishedModel
-from parallel.errors import CheckpointError, ConfigError, CoppiceError
+from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
 from parallel.regions import Box
 from tests.model.published import CASES
 
@@ -125,3 +125,46 @@ def test_heads_of_multi_token_prediction_are_left_out(published: Path, noise: di
     _changed(lambda t: t.update({"model.layers.4.eh_proj.weight": torch.zeros(2, 2)}))(folder)
     with pytest.raises(CheckpointError, match=r"first model\.layers\.4\.eh_proj"):
         _reader(folder)
+
+
+def test_a_corpus_of_other_tokens_is_refused(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
+    from train.corpus import CorpusRequest, build_corpus
+    from train.hf_start import check_tokenizer
+    from train.manifest import load_manifest
+
+    text, folder = tmp_path / "text.txt", tmp_path / "model"
+    text.write_text("some words of some text, " * 50)
+    made = {}
+    for name, tokenizer in (("bytes", "byte"), ("pairs", "bpe:260")):
+        request = CorpusRequest(
+            inputs=(str(text),), output=str(tmp_path / name), tokenizer=tokenizer, validation_fraction=0
+        )
+        build_corpus(request, say=lambda line: None)
+        made[name] = load_manifest(tmp_path / name)
+    shutil.copytree(published / "mixtral-300", folder)
+    for corpus in made.values():
+        check_tokenizer(folder, corpus)
+    shutil.copyfile(tmp_path / "pairs.tokenizer.json", folder / "tokenizer.json")
+    check_tokenizer(folder, made["pairs"])
+    with pytest.raises(DataError, match="holds tokens of byte, not of the tokenizer in"):
+        check_tokenizer(folder, made["bytes"])
+
+
+def test_the_architecture_replaces_that_of_the_preset(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
+    from train.settings import load_settings
+
+    begin = [
+        "data.corpus=unused",
+        f"run.dir={tmp_path}",
+        f"model.init_from=hf:{published / 'mixtral'}",
+        "model=deepseek_v3",
+    ]
+    model = load_settings([*begin, "model.aux_loss_coeff=0.5", "model.recompute=full"], world_size=1).model
+    assert (model.attention, model.router_groups, model.dense_first, model.vocab_size) == ("gqa", None, 0, 103)
+    # The family's, since the command line says nothing; the command line's; and what is not about the model.
+    assert (model.balancing, model.aux_loss_coeff, model.recompute) == ("aux_loss", 0.5, "full")
+    assert load_settings([*begin, "model.layers=2"], world_size=1).model.layers == 2
+    with pytest.raises(ConfigError, match=r"model\.top_k=3, but .* makes it 2: leave the key out"):
+        load_settings([*begin, "model.top_k=3"], world_size=1)
+    with pytest.raises(ConfigError, match=r"model\.init_from=mixtral is unknown: use hf:DIR"):
+        load_settings(["data.corpus=unused", "model.init_from=mixtral"], world_size=1)
