@@ -114,7 +114,10 @@ def compose_settings(overrides: list[str]) -> Any:
         raise ConfigError(explain(e)) from None
     begun = (Path(tree.run.dir) / PUBLISHED).is_dir()
     if begun or tree.model.init_from is not None or tree.run.resume not in ("auto", "never"):
-        # Here and not above: it reads checkpoints, and planning is quick without torch.
+        # Here and not above: it reads checkpoints, and planning is quick without torch and mcore.
+        from parallel.compat import quiet_megatron
+
+        quiet_megatron()
         from train.hf_start import with_architecture
 
         with_architecture(tree, overrides)
