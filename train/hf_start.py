@@ -8,8 +8,9 @@ again with the same command reads config.json there if the source is gone, and g
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -18,12 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from model.config import HF_PREFIX, ModelConfig, padded_vocab_size
 from model.hf.registry import family_of
 from model.hf.source import CONFIG, TOKENIZER_FILES, carry_over, read_config
-from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError
+from parallel.errors import CheckpointError, ConfigError, DataError
 from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest, resolve
 from train.checkpoint_files import is_sealed
 from train.config import RunSettings
 from train.run_files import PUBLISHED as KEPT
-from train.tokenizers import build_tokenizer
+from train.tokenizers import tokens_digest
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -45,12 +46,13 @@ def with_architecture(tree: Any, overrides: Sequence[str]) -> None:
     found = _named_model(tree)
     if found is None:
         return
-    folder, experts, precision = found
+    folder, experts, told_before = found
     config = read_config(folder)
     family = family_of(config)
     said = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in _TRAINED}
-    training = defaults | family.training_values(config)
+    before = {k: v for k, v in told_before.get("model", {}).items() if k in _TRAINED}
+    training = defaults | family.training_values(config) | before
     values = {k: v for k, v in training.items() if f"model.{k}" not in said}
     architecture = family.architecture_values(config)
     if experts is not None:
@@ -66,8 +68,8 @@ def with_architecture(tree: Any, overrides: Sequence[str]) -> None:
             OmegaConf.update(tree, f"model.{name}", value)
         except OmegaConfBaseException as e:
             raise ConfigError(f"{folder / CONFIG} makes model.{name}={value!r}: {str(e).splitlines()[0]}") from None
-    if precision is not None and "run.precision" not in said:
-        tree.run.precision = precision
+    if "run" in told_before and "run.precision" not in said:
+        tree.run.precision = told_before["run"]["precision"]
 
 
 class _Named(NamedTuple):
@@ -76,12 +78,12 @@ class _Named(NamedTuple):
     Attributes:
         folder: with its config.json.
         experts: of the checkpoint that the run goes on from, which may have been expanded; None for those of config.json.
-        precision: of that checkpoint.
+        told_before: the configuration of that checkpoint; empty where there is none.
     """
 
     folder: Path
     experts: int | None = None
-    precision: str | None = None
+    told_before: Mapping[str, Any] = MappingProxyType({})
 
 
 def _named_model(tree: Any) -> _Named | None:
@@ -98,14 +100,14 @@ def _named_model(tree: Any) -> _Named | None:
     if is_sealed(resume) and (resume / KEPT / CONFIG).is_file():
         manifest = read_manifest(resume)
         if manifest.imported is not None:
-            return _Named(resume / KEPT, manifest.num_experts, manifest.config["run"]["precision"])
+            return _Named(resume / KEPT, manifest.num_experts, manifest.config)
     for path in reversed(own):
         try:
             manifest = read_manifest(path)
         except DamagedCheckpoint:
             continue
         first = manifest.plans[0]["experts_before"] if manifest.plans else manifest.num_experts
-        return _Named(run_dir / KEPT, first, manifest.config["run"]["precision"])
+        return _Named(run_dir / KEPT, first, manifest.config)
     return None
 
 
@@ -203,14 +205,8 @@ def check_tokenizer(folder: Path, corpus: Any) -> None:
     Raises:
         DataError: naming both.
     """
-    digests = []
-    for name, kind in zip(TOKENIZER_FILES, ("huggingface", "sentencepiece"), strict=True):
-        if (folder / name).is_file():
-            try:
-                digests.append(build_tokenizer(f"{kind}:{folder / name}", eod=corpus.eod).digest)
-            except CoppiceError:
-                # Its library is not installed, or it is of another kind: it says nothing then.
-                continue
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    digests = [tokens_digest(file.read_bytes(), corpus.eod) for file in files]
     if digests and corpus.tokenizer_digest not in digests:
         raise DataError(
             f"corpus {corpus.prefix} holds tokens of {corpus.tokenizer_spec}, not of the tokenizer in {folder}: build it "

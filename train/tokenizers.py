@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if eod is None:
             eod = _end_of_document(self._library, file, spec)
         vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
-        super().__init__(spec, vocab_size, eod, _digest(content, eod), file)
+        super().__init__(spec, vocab_size, eod, tokens_digest(content, eod), file)
 
     def tokenize(self, text: str) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=False).ids)
@@ -172,7 +172,7 @@ class SentencePieceTokenizer(Tokenizer):
         eod = int(self._library.eos_id()) if eod is None else eod
         if eod < 0:
             raise DataError(f"--tokenizer={spec}: the model has no end-of-sentence token: train it with eos_id >= 0")
-        super().__init__(spec, int(self._library.get_piece_size()), eod, _digest(content, eod), file)
+        super().__init__(spec, int(self._library.get_piece_size()), eod, tokens_digest(content, eod), file)
 
     def tokenize(self, text: str) -> list[int]:
         return list(self._library.encode(text))
@@ -207,7 +207,7 @@ class TiktokenTokenizer(Tokenizer):
                 special_tokens={BPE_END_OF_DOCUMENT: own_eod},
             )
         eod = own_eod if eod is None else eod
-        super().__init__(spec, int(self._library.max_token_value) + 1, eod, _digest(content, eod), file)
+        super().__init__(spec, int(self._library.max_token_value) + 1, eod, tokens_digest(content, eod), file)
 
     def tokenize(self, text: str) -> list[int]:
         return list(self._library.encode_ordinary(text))
@@ -299,7 +299,8 @@ def _existing_file(path: Path, spec: str) -> Path:
     return path
 
 
-def _digest(content: bytes, eod: int) -> str:
+def tokens_digest(content: bytes, eod: int) -> str:
+    """Digest of what defines token ids: a tokenizer's file, and its end-of-document token."""
     return hashlib.sha256(content + f"\neod {eod}".encode()).hexdigest()
 
 

@@ -52,7 +52,9 @@ _V3: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("config", "preset"), [(_MIXTRAL, "mixtral_8x7b"), (_QWEN3, "qwen3_30b_a3b"), (_V3, "deepseek_v3")], ids=str
+    ("config", "preset"),
+    [(_MIXTRAL, "mixtral_8x7b"), (_QWEN3, "qwen3_30b_a3b"), (_V3, "deepseek_v3")],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_presets_are_what_the_published_config_says(config: dict[str, Any], preset: str) -> None:
     from train.settings import load_settings
