@@ -1,7 +1,9 @@
 """Boxes of our tensors out of a published model: only the slices that a box needs are read.
 
-reader = PublishedReader(PublishedModel(folder), model, num_experts)
-reader.read_into("decoder.layers.0.self_attention.linear_qkv.weight", Box((0, 0), (64, 32)), target)
+How to use:
+
+    reader = PublishedReader(PublishedModel(folder), model)
+    reader.read_into("decoder.layers.0.self_attention.linear_qkv.weight", Box((0, 0), (64, 32)), target)
 """
 
 import math
@@ -11,7 +13,7 @@ from itertools import count
 import torch
 
 from model.config import ModelConfig
-from model.hf.logical import LogicalTensor, logical_tensors, published_shapes
+from model.hf.logical import logical_tensors, published_shapes
 from model.hf.registry import family_of
 from model.hf.source import PublishedModel
 from parallel.errors import CheckpointError
@@ -23,14 +25,14 @@ class PublishedReader:
 
     Args:
         source: the folder.
-        model: the network that it is read into; its architecture is that of the folder's config.json.
+        model: the network that it is read into, by the folder's config.json or by a configuration that may differ.
 
     Attributes:
         tensors: ours, by key.
         left_out: names in the folder that are no part of what is trained here.
 
     Raises:
-        ConfigError: if config.json has what cannot be expressed, or another architecture than the model.
+        ConfigError: if config.json is of no known family, or the family lacks a part that the model has.
         CheckpointError: naming a tensor that is missing, unknown or of another shape.
     """
 
@@ -96,7 +98,3 @@ class PublishedReader:
         names = published_shapes(self.tensors.values())
         taken = (self.source.tensors[name] for name in names)
         return sum(math.prod(t.shape) * t.dtype.itemsize for t in taken)
-
-    def tensor(self, key: str) -> LogicalTensor:
-        """One of ours."""
-        return self.tensors[key]

@@ -1,7 +1,9 @@
 """A published model on disk: its config.json, and slices of its safetensors. Nothing in it is run, nothing is unpickled.
 
-source = PublishedModel(Path("Mixtral-8x7B-v0.1"))
-rows = source.read("model.embed_tokens.weight", (100, 0), (8, 4096))
+How to use:
+
+    source = PublishedModel(Path("Mixtral-8x7B-v0.1"))
+    rows = source.read("model.embed_tokens.weight", (100, 0), (8, 4096))
 """
 
 import json
