@@ -153,13 +153,13 @@ def _train_and_note(overrides: list[str]) -> list[tuple[int, int, list[str]]]:
     noted: list[tuple[int, int, list[str]]] = []
     original = run_module.optimizer_step
 
-    def noting(stage: Any, layout: Any, batches: list[dict[str, Any]]) -> Any:
+    def noting(stage: Any, layout: Any, batches: list[dict[str, Any]], clock: Any) -> Any:
         rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for batch in batches for row in batch["tokens"]]
         if layout.groups.tp.rank() == layout.groups.pp.rank() == 0:
             noted.append((len(noted) + 1, layout.data_size, rows))
         else:
             noted.append((len(noted) + 1, layout.data_size, []))
-        return original(stage, layout, batches)
+        return original(stage, layout, batches, clock)
 
     run_module.optimizer_step = noting
     train_in_turn([overrides])
