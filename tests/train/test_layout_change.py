@@ -4,7 +4,9 @@ That both paths of the switch carry the state over bit for bit is test_live_swit
 """
 
 import hashlib
+import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from parallel.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, tensor_digests, train_in_turn
 from train.checkpoint import list_checkpoints, read_manifest
+from train.corpus import CorpusRequest, build_corpus
 from train.settings import load_settings
 
 # What a step leaves in metrics.jsonl that does not depend on the clock.
@@ -166,8 +169,22 @@ def _train_and_note(overrides: list[str]) -> list[tuple[int, int, list[str]]]:
     return noted
 
 
-def test_another_data_parallel_size_reads_every_sample_once(corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def random_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus in which no stretch of text occurs twice, so that equal tokens are the same sample."""
+    folder, generator = tmp_path_factory.mktemp("words"), random.Random(5)
+    documents = [" ".join(f"{generator.getrandbits(64):x}" for _ in range(20)) for _ in range(200)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    request = CorpusRequest(
+        inputs=(str(folder / "text.jsonl"),), output=str(folder / "corpus"), validation_fraction=0.2
+    )
+    build_corpus(request, say=lambda line: None)
+    return folder / "corpus"
+
+
+def test_another_data_parallel_size_reads_every_sample_once(random_words: Path, tmp_path: Path) -> None:
     """Data ranks 4 -> 2 -> 4, with evaluations in between: the samples of each step are those of a single process."""
+    corpus = random_words
     base = [*SMALL, "run.steps=5", f"data.corpus={corpus}", "evaluation.interval_steps=1", "upcycle.save_before=false"]
     stages = _stages("at_step: 2, parallel: {tensor: 2}", f"at_step: 3, {_GROW}parallel: {{tensor: 1, expert: 4}}")
     four = run_distributed(_train_and_note, 4, [*base, stages, "parallel.expert=2", f"run.dir={tmp_path / 'four'}"])
