@@ -30,6 +30,7 @@ from train.config import RunSettings
 from train.data import open_corpora
 from train.expansion import Amounts, decide, measure, wants_batches
 from train.guard import held_from
+from train.offline_files import copy_generators, staged
 from train.run import Run
 from train.run_files import PUBLISHED as KEPT
 from train.settings import explain, settings_from_dict
@@ -116,6 +117,36 @@ def find_checkpoint(path: Path) -> Path:
     return own[-1]
 
 
+def read_source(path: Path) -> tuple[Path, Manifest]:
+    """The checkpoint that a path names, all of whose files are there, and its manifest.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint.
+    """
+    path = find_checkpoint(path)
+    manifest = read_manifest(path)
+    # What they hold is checked by whoever reads them: a load and an expansion compare every tensor with its fingerprint.
+    problem = wrong_files(path, manifest.files, "sizes")
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {path}: {problem}: use an older checkpoint")
+    return path, manifest
+
+
+def settings_of(manifest: Manifest, overrides: list[str]) -> RunSettings:
+    """The settings of the run that wrote a checkpoint, with `KEY=VALUE` on top.
+
+    Raises:
+        ConfigError: if an override cannot be.
+    """
+    try:
+        values = OmegaConf.merge(OmegaConf.create(manifest.config), OmegaConf.from_dotlist(overrides))
+    except OmegaConfBaseException as e:
+        raise ConfigError(explain(e)) from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{' '.join(overrides)} is no YAML: {' '.join(str(e).split())}") from None
+    return settings_from_dict(dict(OmegaConf.to_container(values)))  # type: ignore[arg-type]
+
+
 def open_source(path: Path, overrides: list[str]) -> Source:
     """Read a checkpoint's manifest and the configuration in it.
 
@@ -126,19 +157,8 @@ def open_source(path: Path, overrides: list[str]) -> Source:
     Raises:
         CoppiceError: if there is no complete checkpoint, or an override cannot be.
     """
-    path = find_checkpoint(path)
-    manifest = read_manifest(path)
-    # What they hold is checked by whoever reads them: a load and an expansion compare every tensor with its fingerprint.
-    problem = wrong_files(path, manifest.files, "sizes")
-    if problem is not None:
-        raise CheckpointError(f"checkpoint {path}: {problem}: use an older checkpoint")
-    try:
-        values = OmegaConf.merge(OmegaConf.create(manifest.config), OmegaConf.from_dotlist(overrides))
-    except OmegaConfBaseException as e:
-        raise ConfigError(explain(e)) from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{' '.join(overrides)} is no YAML: {' '.join(str(e).split())}") from None
-    settings = settings_from_dict(dict(OmegaConf.to_container(values)))  # type: ignore[arg-type]
+    path, manifest = read_source(path)
+    settings = settings_of(manifest, overrides)
     past = Past.of(str(path), manifest.step, manifest.num_experts, manifest.plans, manifest.stages)
     resolved = settings.resolved(manifest.step, manifest.tokens)
     # Its own run may have grown it on load.
@@ -303,13 +323,7 @@ def expand_offline(
     if plan.experts_after == plan.experts_before:
         raise ExpansionError(f"the plan adds no experts to {source.path}: any layout reads that checkpoint as it is")
     check_plan(plan, source)
-    output = output.absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
-    staging = output.with_name(f"{output.name}.partial")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True, mode=0o700)
+    with staged(output) as staging:
         grown = plan.experts_after / plan.experts_before
         size = sum(f.stat().st_size for f in (source.path / "tensors").iterdir())
         need_space(staging, int(size * grown), f"checkpoint {output.name}")
@@ -317,13 +331,7 @@ def expand_offline(
             source.path / "tensors", staging / "tensors", plan, old.experts, chunk_bytes=chunk_bytes, say=say
         )
         verify_expansion(old.fingerprints, found, plan, old.experts)
-        names = [name for name in old.files if name.startswith("rng/")]
-        for name, told in digests(source.path, names).items():
-            if told != old.files[name]:
-                raise CheckpointError(f"checkpoint {source.path}: {name} is damaged: use an older checkpoint")
-        shutil.copytree(source.path / "rng", staging / "rng")
-        if (source.path / KEPT).is_dir():
-            shutil.copytree(source.path / KEPT, staging / KEPT)
+        copy_generators(source.path, old.files, staging)
         ages = aged(OptimizerAges.from_dict(old.ages), plan, entry.rules, old.optimizer_step)
         manifest = replace(
             old,
@@ -336,13 +344,6 @@ def expand_offline(
             guard=None,
         )
         seal(staging, manifest, digests(staging, file_names(staging)))
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
-    except OSError as e:
-        raise CheckpointError(
-            f"--output {output} cannot be written ({e.strerror or e}): choose another folder"
-        ) from None
     return manifest
 
 
@@ -353,6 +354,10 @@ def check_plan(plan: ExpansionPlan, source: Source) -> None:
         ExpansionError: naming both.
     """
     manifest = source.manifest
+    if plan.dense is not None:
+        raise ExpansionError(
+            f"the plan makes experts of a dense model, and {source.path} has experts: use expand's own plan"
+        )
     told, here = (plan.step, plan.stage, plan.experts_before), (manifest.step, manifest.stage + 1, manifest.num_experts)
     if told != here:
         raise ExpansionError(

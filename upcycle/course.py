@@ -82,6 +82,9 @@ class Past:
             entries: as dicts, one per plan.
         """
         first = plans[0]["experts_before"] if plans else experts
+        if plans and plans[0].get("dense"):
+            # The shards of a dense model were no experts: the story of these begins with all of them.
+            first = plans[0]["experts_after"]
         return cls(
             where=where,
             step=step,
@@ -168,6 +171,11 @@ def plan_course(
         # The guard has returned from growing it.
         start = len(past.entries)
     if start is None:
+        if experts and not past.experts[-1]:
+            raise ConfigError(
+                f"checkpoint {past.where} is of a dense model, model.num_experts is {experts}: make experts of it first, "
+                "with python -m upcycle from-dense (docs/dense-to-moe.md)"
+            )
         if on_load is None or experts <= past.experts[-1]:
             raise _other_experts(past, experts)
         start, base = len(past.entries), gcd(expert_ranks, past.experts[-1])

@@ -3,7 +3,7 @@
 `plan_expansion` is pure Python on global expert ids: the same plan on every rank. How many copies an expert gets
 (`upcycle/selection.py`) does not depend on the layout; in which order they stand (`upcycle/placement.py`) does so only
 where a stage asks for it. Executors carry a plan out and decide nothing. A stage that adds no experts has a plan too, in
-which every expert descends from itself.
+which every expert descends from itself. `upcycle/dense.py` makes plans whose experts are shards of dense feed-forwards.
 """
 
 import dataclasses
@@ -17,32 +17,10 @@ from model.config import ModelConfig
 from parallel.errors import ExpansionError
 from upcycle.placement import Placed, contiguous, imbalance, place
 from upcycle.selection import select_copies
+from upcycle.slices import DenseOrigin, SliceRecord, Source, dense_records
 from upcycle.stage_config import OptimizerRule, StageConfig
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a slice of the new model comes from."""
-
-    layer: int
-    expert: int
-    # Index into the list of source checkpoints; one is all an expansion needs.
-    checkpoint: int = 0
-
-
-@dataclass(frozen=True)
-class SliceRecord:
-    """How one slice (an expert, a router row, an entry of the selection bias) of the new model is made."""
-
-    layer: int
-    kind: str
-    expert: int
-    sources: tuple[Source, ...]
-    init: str = "copy"
-    scale: float = 1.0
-    optimizer_rule: str = "copy"
 
 
 @dataclass(frozen=True)
@@ -88,6 +66,8 @@ class ExpansionPlan:
         optimizer_scope: of which experts.
         optimizer_scale: factor of the rule `scale`; None for the default.
         mode: plain, or exact (family routing until its release).
+        dense: how the experts were made out of dense feed-forwards, whose shards are the E experts before; None where
+            there were experts before.
         bias_noise: half-width of the noise on the replicas' selection bias.
         seed: root seed of the run.
     """
@@ -105,6 +85,7 @@ class ExpansionPlan:
     optimizer_scope: str = "replicas"
     optimizer_scale: float | None = None
     mode: str = "plain"
+    dense: DenseOrigin | None = None
 
     @property
     def rule(self) -> OptimizerRule:
@@ -128,6 +109,11 @@ class ExpansionPlan:
         """Every slice of the new model with its sources, layer by layer."""
         for layer in self.layers:
             for kind in kinds:
+                if self.dense is not None:
+                    yield from dense_records(
+                        self.dense, layer.layer, layer.parents, kind, self.seed, self.optimizer_rule
+                    )
+                    continue
                 for new, parent in enumerate(layer.parents):
                     yield SliceRecord(
                         layer=layer.layer,
@@ -140,6 +126,9 @@ class ExpansionPlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the digest of everything else in it."""
         body = {"format": FORMAT, **dataclasses.asdict(self)}
+        if self.dense is None:
+            # As older versions wrote it: equal plans have equal digests.
+            del body["dense"]
         text = _canonical(body)
         return json.loads(text) | {"digest": _digest(text)}
 
@@ -173,6 +162,8 @@ class ExpansionPlan:
                 )
                 for x in body["layers"]
             )
+            if body.get("dense") is not None:
+                body["dense"] = DenseOrigin(**body["dense"])
             return cls(**body)
         except (KeyError, TypeError) as e:
             raise ExpansionError(
@@ -183,6 +174,8 @@ class ExpansionPlan:
         """The plan for the log: one line per layer with the number of experts by copies, expected load and moves."""
         if self.experts_after == self.experts_before:
             return [f"layout change after step {self.step}: the {self.experts_before} experts stay as they are"]
+        if self.dense is not None:
+            return [self._dense_text(self.dense)]
         lines = [f"expansion after step {self.step}: {self.experts_before} -> {self.experts_after} experts"]
         placed = {x["layer"]: x for x in self.placement.get("layers", ())}
         for layer in self.layers:
@@ -190,6 +183,17 @@ class ExpansionPlan:
             text = f"  layer {layer.layer}: " + ", ".join(f"{n} x r={r}" for r, n in histogram.items())
             lines.append(text + _placed_text(placed[layer.layer]) if layer.layer in placed else text)
         return lines
+
+    def _dense_text(self, origin: DenseOrigin) -> str:
+        copies = self.experts_after // self.experts_before
+        shards = f"cut into {origin.granularity} shards, " if origin.granularity > 1 else ""
+        drawn = f", {origin.redraw_share:g} of the units of each drawn anew" if origin.redraw_share else ""
+        factors = ", ".join(f"{name} x {factor:.4g}" for name, factor in origin.scales.items() if factor != 1)
+        return (
+            f"dense -> {self.experts_after} experts after step {self.step} ({origin.method}): in {len(self.layers)} layers "
+            f"the feed-forward, {shards}{copies} times{drawn}; "
+            + (f"weights scaled: {factors}" if factors else "weights as they are")
+        )
 
 
 def _canonical(body: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,8 +33,8 @@ Experts = Mapping[str, Mapping[str, Any]]
 _REPORT_SECONDS = 10.0
 
 
-def _quiet(line: str) -> None:
-    pass
+def quiet(line: str) -> None:
+    """Say nothing."""
 
 
 class _Progress:
@@ -76,7 +76,7 @@ def stream_expand(
     experts: Experts,
     *,
     chunk_bytes: int,
-    say: Callable[[str], None] = _quiet,
+    say: Callable[[str], None] = quiet,
 ) -> Fingerprints:
     """Write the tensors of the larger stage; one process, with or without a process group.
 
@@ -97,25 +97,64 @@ def stream_expand(
     """
     with _opened(source, experts) as stored:
         parents = {key: parents_of(key, tensor.shape, plan, experts) for key, tensor in stored.tensors.items()}
-        new = {key: _larger(tensor, parents[key]) for key, tensor in stored.tensors.items()}
-        with _fresh(target):
-            progress = _Progress(sum(tensor.nbytes for tensor in new.values()), say)
-            found: Fingerprints = {}
-            with TensorWriter(target) as writer:
-                for key, tensor in new.items():
-                    state, parameter = parameter_of(key)
-                    rows = 1 if parents[key] is None else tensor.shape[0]
-                    sums = torch.zeros(rows, dtype=torch.int64)
-                    row_numel = max(1, math.prod(tensor.shape) // rows)
-                    for box in pieces(tensor.shape, tensor.dtype.itemsize, chunk_bytes):
-                        part = _new_part(stored, key, box, parents[key], plan, experts)
-                        sums += tensor_sums(part, first_element(tensor.shape, box), row_numel, rows)
-                        writer.add(key, tensor.shape, box, part)
-                        progress.add(part.nbytes)
-                    found[f"{state}/{parameter}"] = sums.tolist()
-                writer.finish()
-            mark_complete(target)
-            progress.end()
+        new = {
+            key: NewTensor(_larger(tensor, parents[key]), 1 if parents[key] is None else len(parents[key] or ()))
+            for key, tensor in stored.tensors.items()
+        }
+
+        def part_of(key: str, box: Box) -> torch.Tensor:
+            return _new_part(stored, key, box, parents[key], plan, experts)
+
+        return write_tensors(target, new, part_of, chunk_bytes=chunk_bytes, say=say)
+
+
+class NewTensor(NamedTuple):
+    """A tensor to be written, and in how many rows its fingerprint is taken: one per expert, or one in all."""
+
+    tensor: StoredTensor
+    rows: int
+
+
+def write_tensors(
+    target: Path,
+    new: Mapping[str, NewTensor],
+    part_of: Callable[[str, Box], torch.Tensor],
+    *,
+    chunk_bytes: int,
+    say: Callable[[str], None] = quiet,
+) -> Fingerprints:
+    """Write a checkpoint's tensors a piece at a time, fingerprinting each piece on the way.
+
+    Args:
+        target: folder for them; made, or empty. Gone again if this raises.
+        new: checkpoint key -> what it holds, in the order in which they are written.
+        part_of: makes a box of a tensor, contiguous and alone in its memory.
+        chunk_bytes: size of a piece.
+        say: told of progress.
+
+    Returns:
+        The fingerprints of what was written.
+
+    Raises:
+        CheckpointError: if the target cannot be written.
+    """
+    with _fresh(target):
+        progress = _Progress(sum(tensor.nbytes for tensor, _ in new.values()), say)
+        found: Fingerprints = {}
+        with TensorWriter(target) as writer:
+            for key, (tensor, rows) in new.items():
+                state, parameter = parameter_of(key)
+                sums = torch.zeros(rows, dtype=torch.int64)
+                row_numel = max(1, math.prod(tensor.shape) // rows)
+                for box in pieces(tensor.shape, tensor.dtype.itemsize, chunk_bytes):
+                    part = part_of(key, box)
+                    sums += tensor_sums(part, first_element(tensor.shape, box), row_numel, rows)
+                    writer.add(key, tensor.shape, box, part)
+                    progress.add(part.nbytes)
+                found[f"{state}/{parameter}"] = sums.tolist()
+            writer.finish()
+        mark_complete(target)
+        progress.end()
     return dict(sorted(found.items()))
 
 

@@ -90,11 +90,11 @@ def verify_expansion(
     for name in after:
         if name not in before:
             raise ExpansionError(f"after the expansion {name} appeared from nowhere; {_REMEDY}")
-    _check_complete(after)
+    check_complete(after)
     return sum(number is not None for numbers in expected.values() for number in numbers)
 
 
-def _check_complete(after: Fingerprints) -> None:
+def check_complete(after: Fingerprints) -> None:
     """Every parameter has a master, and both moments as soon as any parameter has one; buffers have neither.
 
     Raises:

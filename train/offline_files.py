@@ -1,0 +1,66 @@
+"""Publishing a checkpoint that no job wrote: made under a staging name, renamed when complete.
+
+with staged(output) as staging:
+    need_space(staging, size, ...)
+    ...                                   # write tensors/ into it
+    copy_generators(source, manifest, staging)
+    seal(staging, manifest, ...)
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import CheckpointError
+from train.checkpoint_files import digests
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write a checkpoint in; takes that name at the end, or is gone if the block raises.
+
+    Args:
+        output: must not exist, or be empty.
+
+    Raises:
+        CheckpointError: if there is something already, or the disk fails.
+    """
+    output = output.absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
+    staging = output.with_name(f"{output.name}.partial")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True, mode=0o700)
+        yield staging
+        if output.exists():
+            output.rmdir()
+        staging.rename(output)
+    except BaseException as e:
+        # A full disk needs the room.
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise CheckpointError(
+                f"--output {output} cannot be written ({e.strerror or e}): choose another folder"
+            ) from None
+        raise
+
+
+def copy_generators(source: Path, files: Mapping[str, Sequence[Any]], staging: Path) -> None:
+    """Copy a checkpoint's generator states.
+
+    Args:
+        source: the checkpoint.
+        files: from its manifest; the states must be those that were written.
+        staging: of the new one.
+
+    Raises:
+        CheckpointError: if they are damaged.
+    """
+    names = [name for name in files if name.startswith("rng/")]
+    for name, told in digests(source, names).items():
+        if told != files[name]:
+            raise CheckpointError(f"checkpoint {source}: {name} is damaged: use an older checkpoint")
+    shutil.copytree(source / "rng", staging / "rng")
