@@ -93,19 +93,30 @@ class RowState(NamedTuple):
 
 @dataclass(frozen=True)
 class OptimizerAges:
-    """Ages of Adam's moments, and learning rates, that differ from the optimizer's own; empty where nothing does."""
+    """Ages of Adam's moments, and learning rates, that differ from the optimizer's own; empty where nothing does.
+
+    Attributes:
+        restarts: experts with their router rows.
+        rates: learning rates.
+        routers: router rows that are younger than their experts, as after a dense model whose moments the experts took on.
+    """
 
     restarts: tuple[Restart, ...] = ()
     rates: tuple[RateFactor, ...] = ()
+    routers: tuple[Restart, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.restarts or self.rates)
+        return bool(self.restarts or self.rates or self.routers)
 
     def begun(self) -> dict[int, dict[int, Begun]]:
-        """Layer -> expert -> when its moments began; experts that never began anew are left out."""
-        table: dict[int, dict[int, Begun]] = {}
-        for r in self.restarts:
-            table.setdefault(r.layer, {}).update(dict.fromkeys(r.experts, (r.exp_avg, r.exp_avg_sq)))
+        """Layer -> expert -> when the youngest of its moments, router row included, began; the others are left out."""
+        return self._begun("router")
+
+    def _begun(self, kind: str) -> dict[int, dict[int, Begun]]:
+        """The same of experts' weights or of router rows alone."""
+        table = _table(self.restarts)
+        for layer, known in _table(self.routers).items() if kind == "router" else ():
+            table.setdefault(layer, {}).update(known)
         return table
 
     @property
@@ -116,9 +127,10 @@ class OptimizerAges:
     def states(self) -> dict[tuple[int, str], dict[int, RowState]]:
         """(layer, `expert` or `router`) -> global expert id -> state, for all rows that have one of their own."""
         found: dict[tuple[int, str], dict[int, RowState]] = {}
-        for layer, known in self.begun().items():
-            for kind in ("expert", "router") if layer else ():
-                found[layer, kind] = {expert: RowState(begun) for expert, begun in known.items()}
+        for kind in ("expert", "router"):
+            for layer, known in self._begun(kind).items():
+                if layer:
+                    found[layer, kind] = {expert: RowState(begun) for expert, begun in known.items()}
         for rate in self.rates:
             states = found.setdefault((rate.layer, rate.kind), {})
             for expert in rate.experts:
@@ -135,19 +147,23 @@ class OptimizerAges:
         Raises:
             ExpansionError: if the expansion does not know a layer that has ages.
         """
-        for layer in ({r.layer for r in self.restarts} | {r.layer for r in self.rates}) - {0}:
+        with_ages = {r.layer for r in (*self.restarts, *self.routers)} | {r.layer for r in self.rates}
+        for layer in with_ages - {0}:
             if layer not in parents:
                 raise ExpansionError(f"optimizer ages have layer {layer}, the plan has not: it is of another model")
-        table = {
-            layer: {new: known[parent] for new, parent in enumerate(parents[layer]) if parent in known}
-            for layer, known in self.begun().items()
-            if layer
-        }
+        table, routers = (
+            {
+                layer: {new: known[parent] for new, parent in enumerate(parents[layer]) if parent in known}
+                for layer, known in _table(restarts).items()
+                if layer
+            }
+            for restarts in (self.restarts, self.routers)
+        )
         rates = tuple(
             dataclasses.replace(r, experts=tuple(n for n, parent in enumerate(parents[r.layer]) if parent in r.experts))
             for r in self.rates
         )
-        return _ages(table, self.others, rates)
+        return _ages(table, self.others, rates, routers)
 
     def restarted(
         self,
@@ -171,18 +187,29 @@ class OptimizerAges:
         def anew(begun: Begun) -> Begun:
             return step if first else begun[0], step if second else begun[1]
 
-        table = self.begun()
+        table, routers = _table(self.restarts), _table(self.routers)
         for layer, ids in experts.items():
-            known = table.setdefault(layer, {})
+            known, young = table.setdefault(layer, {}), routers.get(layer, {})
             known.update({expert: anew(known.get(expert, NEVER)) for expert in ids})
-        return _ages(table, anew(self.others) if others else self.others, self.rates)
+            young.update({expert: anew(young[expert]) for expert in ids if expert in young})
+        return _ages(table, anew(self.others) if others else self.others, self.rates, routers)
+
+    def with_new_routers(self, experts: Mapping[int, Iterable[int]], step: int) -> "OptimizerAges":
+        """With router rows that are new at Adam's step `step`, their moments zero.
+
+        Args:
+            experts: global ids per layer.
+            step: Adam's step count, that is updates made before.
+        """
+        routers = _table(self.routers)
+        for layer, ids in experts.items():
+            routers.setdefault(layer, {}).update(dict.fromkeys(ids, (step, step)))
+        return _ages(_table(self.restarts), self.others, self.rates, routers)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for a manifest."""
-        return {
-            "restarts": [dataclasses.asdict(r) | {"experts": list(r.experts)} for r in self.restarts],
-            "rates": [dataclasses.asdict(r) | {"experts": list(r.experts)} for r in self.rates],
-        }
+        routers = {"routers": [_plain(r) for r in self.routers]} if self.routers else {}
+        return {"restarts": [_plain(r) for r in self.restarts], "rates": [_plain(r) for r in self.rates], **routers}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "OptimizerAges":
@@ -192,18 +219,31 @@ class OptimizerAges:
             CheckpointError: if the record has another form.
         """
         try:
-            unknown = value.keys() - {"restarts", "rates"}
+            unknown = value.keys() - {"restarts", "rates", "routers"}
             if unknown:
                 raise KeyError(min(unknown))
             return cls(
                 tuple(Restart(**(r | {"experts": tuple(r["experts"])})) for r in value.get("restarts", ())),
                 tuple(RateFactor(**(r | {"experts": tuple(r["experts"])})) for r in value.get("rates", ())),
+                tuple(Restart(**(r | {"experts": tuple(r["experts"])})) for r in value.get("routers", ())),
             )
         except (KeyError, TypeError) as e:
             raise CheckpointError(f"the record of optimizer ages is not one this version reads ({e})") from None
 
 
-def _ages(table: Mapping[int, Mapping[int, Begun]], others: Begun, rates: tuple[RateFactor, ...]) -> OptimizerAges:
+def _plain(entry: Restart | RateFactor) -> dict[str, Any]:
+    return dataclasses.asdict(entry) | {"experts": list(entry.experts)}
+
+
+def _table(restarts: Iterable[Restart]) -> dict[int, dict[int, Begun]]:
+    """Layer -> expert -> when its moments began."""
+    table: dict[int, dict[int, Begun]] = {}
+    for r in restarts:
+        table.setdefault(r.layer, {}).update(dict.fromkeys(r.experts, (r.exp_avg, r.exp_avg_sq)))
+    return table
+
+
+def _grouped(table: Mapping[int, Mapping[int, Begun]]) -> list[Restart]:
     """The normal form: experts of equal age together, so that equal ages compare equal."""
     groups: dict[tuple[int, Begun], list[int]] = {}
     for layer, known in table.items():
@@ -212,10 +252,24 @@ def _ages(table: Mapping[int, Mapping[int, Begun]], others: Begun, rates: tuple[
                 groups.setdefault((layer, begun), []).append(expert)
     # Step counts are not negative, so -1 puts "never" first.
     order = sorted(groups, key=lambda g: (g[0], *(-1 if b is None else b for b in g[1])))
-    restarts = [Restart(layer, tuple(sorted(groups[layer, begun])), *begun) for layer, begun in order]
+    return [Restart(layer, tuple(sorted(groups[layer, begun])), *begun) for layer, begun in order]
+
+
+def _ages(
+    table: Mapping[int, Mapping[int, Begun]],
+    others: Begun,
+    rates: tuple[RateFactor, ...],
+    routers: Mapping[int, Mapping[int, Begun]],
+) -> OptimizerAges:
+    """Ages in their normal form; a router row as young as its expert is none of its own."""
+    restarts = _grouped(table)
     if others != NEVER:
         restarts.insert(0, Restart(0, (), *others))
-    return OptimizerAges(tuple(restarts), tuple(r for r in rates if r.experts))
+    own = {
+        layer: {expert: begun for expert, begun in known.items() if table.get(layer, {}).get(expert) != begun}
+        for layer, known in routers.items()
+    }
+    return OptimizerAges(tuple(restarts), tuple(r for r in rates if r.experts), tuple(_grouped(own)))
 
 
 @dataclass(frozen=True)

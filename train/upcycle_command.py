@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, CoppiceError, DataError, ExpansionError
+from train.dense_command import add_from_dense, from_dense
 from train.settings import compose_settings, explain, stage_from_dict, to_settings
 from upcycle.plan import ExpansionPlan
 from upcycle.stage_config import StageConfig
@@ -26,6 +27,7 @@ Grow the experts of a Mixture-of-Experts model outside of a training job, or ask
   python -m upcycle plan experiment=demo                          the plans of a configuration
   python -m upcycle plan runs/demo --factor 2 --selection greedy  the plan a run would make where it stands
   python -m upcycle expand runs/demo/checkpoints/step-00000070 --factor 2 --output grown
+  python -m upcycle from-dense runs/dense --num-experts 8 --top-k 2 --output moe
   python -m upcycle request runs/demo --factor 2                  a live run expands after its next step
   python -m upcycle lineage runs/demo                             which expert came from which
 """
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     expand.add_argument("--scores", type=Path, metavar="FILE", help="as for plan")
     _add_memory(expand)
     _add_rules(expand)
+    _add_memory(add_from_dense(commands))
     request = commands.add_parser(
         allow_abbrev=False,
         name="request",
@@ -258,6 +261,13 @@ def _expand(arguments: argparse.Namespace) -> None:
     )
 
 
+def _from_dense(arguments: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("from-dense works in one process: start it without torchrun")
+    path, overrides = _split(arguments.source)
+    from_dense(arguments, path, overrides, chunk_bytes=_chunk_bytes(arguments), show=_print, say=_say)
+
+
 def _rules_behind(plan: ExpansionPlan, source: Any) -> dict[str, Any]:
     """The rules that a plan was made by: the run's next stage where it is that one, else what the plan itself says.
 
@@ -341,7 +351,13 @@ def main(words: Sequence[str] | None = None) -> int:
         words: instead of the command line.
     """
     arguments = _parser().parse_args(words)
-    commands = {"plan": _plan, "expand": _expand, "request": _request, "lineage": _lineage}
+    commands = {
+        "plan": _plan,
+        "expand": _expand,
+        "from-dense": _from_dense,
+        "request": _request,
+        "lineage": _lineage,
+    }
     try:
         if arguments.command != "request":
             # Before anything else of mcore is imported: it warns at import of what is not installed.

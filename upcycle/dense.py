@@ -142,7 +142,9 @@ def activation_scale(model: ModelConfig, granularity: int) -> float:
     return granularity / (total * (model.router_scale or 1.0))
 
 
-def matrix_scales(activation: str, scale: float, granularity: int, scaling: str) -> dict[str, float]:
+def matrix_scales(
+    activation: str, scale: float, granularity: int, scaling: str, *, bias: bool = False
+) -> dict[str, float]:
     """How the matrices of an expert share the factor on its output.
 
     `even` is that of arXiv 2410.07524: the cube root for every matrix of a gated or squared-ReLU feed-forward, else the
@@ -155,6 +157,7 @@ def matrix_scales(activation: str, scale: float, granularity: int, scaling: str)
         scale: the factor on the output, c.
         granularity: shards per feed-forward, G.
         scaling: one of `SCALINGS`.
+        bias: whether linear layers have biases.
 
     Returns:
         Matrix -> factor. The bias of the first projection goes with its matrix; that of the second, `down_bias`, is added
@@ -171,7 +174,7 @@ def matrix_scales(activation: str, scale: float, granularity: int, scaling: str)
         found = {"gate": 1.0, "up": scale**0.5, "down": scale**0.5}
     else:
         found = {"up": 1.0, "down": scale}
-    return found | {"down_bias": scale / granularity}
+    return found | ({"down_bias": scale / granularity} if bias else {})
 
 
 def plan_from_dense(rules: DenseRules, model: ModelConfig, *, step: int, seed: int, itemsize: int) -> ExpansionPlan:
@@ -196,7 +199,7 @@ def plan_from_dense(rules: DenseRules, model: ModelConfig, *, step: int, seed: i
         ffn_hidden_size=model.ffn_hidden_size,
         activation_scale=scale,
         scaling=rules.scaling,
-        scales=matrix_scales(model.activation, scale, g, rules.scaling),
+        scales=matrix_scales(model.activation, scale, g, rules.scaling, bias=model.linear_bias),
         redraw_share=rules.redraw_share if rules.method == "drop" else 0.0,
         router_std=model.init_std,
     )

@@ -203,7 +203,7 @@ def rates_after(
         for kind, experts, factor in (("router", every, router), ("expert", new, replicas)):
             if factor != 1.0:
                 rates.append(RateFactor(layer.layer, kind, experts, factor, adam_step, steps))
-    return OptimizerAges(ages.restarts, tuple(rates))
+    return OptimizerAges(ages.restarts, tuple(rates), ages.routers)
 
 
 def rewarm_factor(done: int, steps: int) -> float:

@@ -202,6 +202,12 @@ def lineage_lines(plans: Sequence[ExpansionPlan], layer: int | None = None) -> l
         if plan.experts_after == plan.experts_before:
             lines.append(f"{head}change of layout, the {plan.experts_after} experts keep their ids")
             continue
+        if plan.dense is not None:
+            shards = "the feed-forward" if plan.experts_before == 1 else f"{plan.experts_before} shards"
+            lines.append(f"{head}{shards} of a dense model -> {plan.experts_after} experts ({plan.dense.method})")
+            for number in shown:
+                lines += _layer_lines(plan.layer(number), before[number], bounded=layer is None)
+            continue
         rule = str(plan.selection.get("rule", "selection not recorded"))
         rule += f" by {plan.selection['utility']}" if "utility" in plan.selection else ""
         place = plan.placement.get("rule", "not recorded")

@@ -65,7 +65,7 @@ class DenseOrigin:
         activation_scale: what the output of an expert is multiplied by, so that the gates of a neutral router give the
             dense output.
         scaling: exact or even: how the matrices share that factor.
-        scales: matrix -> its factor; `down_bias` is that of the output's bias.
+        scales: matrix -> its factor; `down_bias` is that of the output's bias, where there are biases.
         redraw_share: of the intermediate units of every expert, those that were drawn anew.
         router_std: standard deviation of the router's rows.
     """
