@@ -67,13 +67,14 @@ class DenseCheckpoint:
         stored: its tensors.
         plan: the plan.
         origin: how, from the plan.
+        where: its folder, for messages.
         redraw: what is drawn anew under `drop`; measured once the checkpoint has been written.
         experts: keys of the new checkpoint that run over experts (`model.sharded_state.expert_keys`).
     """
 
     def __init__(self, stored: StoredTensors, plan: ExpansionPlan, model: ModelConfig, where: Path) -> None:
         assert plan.dense is not None, "the plan is not one that starts from a dense model"
-        self.stored, self.plan, self.origin, self._where = stored, plan, plan.dense, where
+        self.stored, self.plan, self.origin, self.where = stored, plan, plan.dense, where
         self._model, self._chunk_bytes = model, 1 << 20
         self._layers = {layer.layer for layer in plan.layers}
         self.redraw = Redraw(stored, plan.dense, plan.seed, model.hidden_size)
@@ -109,7 +110,7 @@ class DenseCheckpoint:
             CheckpointError: if the source cannot be read, or the target not be written.
         """
         if self.origin.method == "drop":
-            say(f"measuring the feed-forwards of {self._where}")
+            say(f"measuring the feed-forwards of {self.where}")
             self.redraw.measure(sorted(self._layers), chunk_bytes)
         self._chunk_bytes = chunk_bytes
         new = {key: made.new for key, made in self._made.items()}
@@ -154,7 +155,7 @@ class DenseCheckpoint:
             if found is None or found.shape != shape:
                 what = "lacks it" if found is None else f"has it as {list(found.shape)}"
                 raise ExpansionError(
-                    f"the plan needs {mlp}{name} as {list(shape)}, checkpoint {self._where} {what}: it is of another model"
+                    f"the plan needs {mlp}{name} as {list(shape)}, checkpoint {self.where} {what}: it is of another model"
                 )
         made: dict[str, _Made] = {}
         dtype = self.stored.tensors[f"{mlp}linear_fc1.weight"].dtype

@@ -2,7 +2,7 @@
 
 Fingerprints (`model/fingerprint.py`) of the new tensors are compared with those of the dense checkpoint: what was carried
 over has the number it had. Experts' numbers are computed a second time from the dense matrices, in the order of those,
-so that a mix-up of rows, columns or shards shows. What was drawn is compared with what must hold of it: shards of a copy
+so that a mix-up of rows, columns or shards shows; the dense matrices themselves are compared with what was saved. What was drawn is compared with what must hold of it: shards of a copy
 share a row of the router, no two other rows are equal, no two experts with redrawn units are equal. New rows have
 moments of zero, and a selection bias of zero.
 """
@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from model.fingerprint import Fingerprints, tensor_sums
-from parallel.errors import ExpansionError
+from model.sharded_state import OPTIMIZER_PREFIX
+from parallel.errors import CheckpointError, ExpansionError
 from parallel.optimizer_state import MOMENTS
 from parallel.stream_files import first_element, pieces
 from upcycle.dense_keys import Place, changed_source, factor_of, moe_key, place_of, scaled
 from upcycle.dense_stream import DenseCheckpoint
 from upcycle.verify import check_complete
 
-_REMEDY = "nothing was published; this is a defect: keep the checkpoint and report it"
+_REMEDY = "nothing was published: use an older checkpoint; if it happens again, the disk or the memory is at fault"
 
 
 def verify_from_dense(before: Fingerprints, after: Fingerprints, dense: DenseCheckpoint, *, chunk_bytes: int) -> int:
@@ -36,6 +37,7 @@ def verify_from_dense(before: Fingerprints, after: Fingerprints, dense: DenseChe
         How many numbers were compared.
 
     Raises:
+        CheckpointError: if a feed-forward on disk is not the one that was saved.
         ExpansionError: naming the first tensor, and expert, that is not what the plan says.
     """
     expected = dict(_expected(before, dense, chunk_bytes))
@@ -71,9 +73,12 @@ def _expected(
         new = f"{state}/{moe_key(place)}"
         if place.module == "norm":
             yield new, numbers
-        elif state in MOMENTS and dense.plan.optimizer_rule == "reset":
+            continue
+        if state in MOMENTS and dense.plan.optimizer_rule == "reset":
             yield new, [0] * experts
-        elif dense.origin.method == "drop" and place.name == "weight":
+            continue
+        _check_source(dense, name, numbers, chunk_bytes)
+        if dense.origin.method == "drop" and place.name == "weight":
             yield new, [None] * experts
         else:
             shards = _shard_sums(dense, state, place, chunk_bytes)
@@ -87,13 +92,31 @@ def _expected(
                 yield f"{state}/{key}", [None if drawn else 0] * experts
 
 
+def _check_source(dense: DenseCheckpoint, name: str, numbers: Sequence[int], chunk_bytes: int) -> None:
+    """Check that a tensor of the dense checkpoint is the one that was saved; nothing else compares it as a whole.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    state, parameter = name.split("/", 1)
+    key = parameter if state == "weight" else f"{OPTIMIZER_PREFIX}{state}.{parameter}"
+    shape = dense.stored.tensors[key].shape
+    numel, total = torch.Size(shape).numel(), torch.zeros(1, dtype=torch.int64)
+    for box in pieces(shape, torch.float64.itemsize, chunk_bytes):
+        total += tensor_sums(dense.stored.read(key, box), first_element(shape, box), numel, 1)
+    if total.tolist() != list(numbers):
+        raise CheckpointError(
+            f"checkpoint {dense.where}: {key} is not what was saved: the files are damaged; use an older checkpoint"
+        )
+
+
 def _shard_sums(dense: DenseCheckpoint, state: str, place: Place, chunk_bytes: int) -> list[int]:
     """The fingerprint of every shard of a dense tensor, its numbers scaled as the plan says, [G].
 
     Goes through the dense tensor from its first element to its last, and knows nothing of how experts are written.
     """
     origin, stored = dense.origin, dense.stored
-    prefix = "" if state == "weight" else f"optimizer.state.{state}."
+    prefix = "" if state == "weight" else f"{OPTIMIZER_PREFIX}{state}."
     key = f"{prefix}decoder.layers.{place.layer - 1}.mlp.linear_{place.module}.{place.name}"
     dtype, shape = stored.tensors[key].dtype, stored.tensors[key].shape
     key = changed_source(stored, origin, key, place)
