@@ -2,9 +2,9 @@
 
 Fingerprints (`model/fingerprint.py`) of the new tensors are compared with those of the dense checkpoint: what was carried
 over has the number it had. Experts' numbers are computed a second time from the dense matrices, in the order of those,
-so that a mix-up of rows, columns or shards shows; the dense matrices themselves are compared with what was saved. What was drawn is compared with what must hold of it: shards of a copy
-share a row of the router, no two other rows are equal, no two experts with redrawn units are equal. New rows have
-moments of zero, and a selection bias of zero.
+so that a mix-up of rows, columns or shards shows; the dense matrices themselves are compared with what was saved. What
+was drawn is compared with what must hold of it: shards of a copy share a row of the router, no two other rows are equal,
+no two experts with redrawn units are equal. New rows have moments of zero, and a selection bias of zero.
 """
 
 import itertools
