@@ -30,7 +30,7 @@ from train.config import RunSettings
 from train.data import open_corpora
 from train.expansion import Amounts, decide, measure, wants_batches
 from train.guard import held_from
-from train.offline_files import copy_generators, staged
+from train.offline_files import carry_over_files, staged
 from train.run import Run
 from train.run_files import PUBLISHED as KEPT
 from train.settings import explain, settings_from_dict
@@ -331,7 +331,7 @@ def expand_offline(
             source.path / "tensors", staging / "tensors", plan, old.experts, chunk_bytes=chunk_bytes, say=say
         )
         verify_expansion(old.fingerprints, found, plan, old.experts)
-        copy_generators(source.path, old.files, staging)
+        carry_over_files(source.path, old.files, staging)
         ages = aged(OptimizerAges.from_dict(old.ages), plan, entry.rules, old.optimizer_step)
         manifest = replace(
             old,

@@ -16,7 +16,7 @@ from train.checkpoint import Manifest, need_space
 from train.checkpoint_files import digests, file_names, seal
 from train.config import RunSettings
 from train.offline import read_source, settings_of
-from train.offline_files import copy_generators, staged
+from train.offline_files import carry_over_files, staged
 from train.settings import settings_to_dict
 from train.start import model_identity
 from train.switch import aged
@@ -140,7 +140,7 @@ def make_from_dense(
         need_space(staging, dense.nbytes, f"checkpoint {output.name}")
         found = dense.write(staging / "tensors", chunk_bytes=chunk_bytes, say=say)
         verify_from_dense(old.fingerprints, found, dense, chunk_bytes=chunk_bytes)
-        copy_generators(source.path, old.files, staging)
+        carry_over_files(source.path, old.files, staging)
         ages = OptimizerAges.from_dict(old.ages)
         if dense.has_moments:
             every = {layer.layer: range(plan.experts_after) for layer in plan.layers}

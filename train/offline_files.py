@@ -3,7 +3,7 @@
 with staged(output) as staging:
     need_space(staging, size, ...)
     ...                                   # write tensors/ into it
-    copy_generators(source, manifest, staging)
+    carry_over_files(source, manifest.files, staging)
     seal(staging, manifest, ...)
 """
 
@@ -48,19 +48,22 @@ def staged(output: Path) -> Iterator[Path]:
         raise
 
 
-def copy_generators(source: Path, files: Mapping[str, Sequence[Any]], staging: Path) -> None:
-    """Copy a checkpoint's generator states.
+def carry_over_files(source: Path, files: Mapping[str, Sequence[Any]], staging: Path) -> None:
+    """Copy what a checkpoint holds beside its tensors: generator states, and whatever else was put there.
 
     Args:
         source: the checkpoint.
-        files: from its manifest; the states must be those that were written.
+        files: from its manifest; they must be those that were written.
         staging: of the new one.
 
     Raises:
-        CheckpointError: if they are damaged.
+        CheckpointError: if one is damaged.
     """
-    names = [name for name in files if name.startswith("rng/")]
+    names = [name for name in files if not name.startswith("tensors/")]
     for name, told in digests(source, names).items():
         if told != files[name]:
             raise CheckpointError(f"checkpoint {source}: {name} is damaged: use an older checkpoint")
-    shutil.copytree(source / "rng", staging / "rng")
+    (staging / "rng").mkdir()
+    for name in names:
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, staging / name)
