@@ -86,7 +86,10 @@ class Console:
         )
         self.layout(settings, layout, micro_batches)
         for i, stage in enumerate(settings.upcycle.stages):
-            grown = f"{counts_of[i]} -> {counts_of[i + 1]} experts, {stage.selection}"
+            before, after = counts_of[i : i + 2]
+            grown = f"{before} -> {after} experts, {stage.selection}"
+            if before == after:
+                grown = f"{after} experts, made from a dense model"
             sizes = [f"{name} {size}" for name, size in stage.parallel.changes().items()]
             changes = ([grown] if stage.grows() else []) + (["layout: " + " ".join(sizes)] if sizes else [])
             self.say(f"stage {i + 1}: after step {stage.at_step}, {', '.join(changes)}")

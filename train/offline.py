@@ -79,7 +79,10 @@ class Source:
         layout = ParallelConfig(timeout_seconds=self.settings.parallel.timeout_seconds)
         if world_size > 1:
             layout = self.settings.following(self.course).parallel_of(self.course.begun)
-        begun = [replace(s, at_tokens=None, parallel=StageParallel()) for s in self.course.stages[: self.course.begun]]
+        # A run does not list that its experts were made of a dense model: it begins with them.
+        first = int(bool(self.manifest.plans and self.manifest.plans[0].get("dense")))
+        stages = self.course.stages[first : self.course.begun]
+        begun = [replace(s, at_tokens=None, parallel=StageParallel()) for s in stages]
         return replace(
             self.settings,
             model=replace(self.settings.model, num_experts=self.course.first_experts),

@@ -219,6 +219,8 @@ def test_runs_go_on_and_grow_further(
         "fresh": [*_SETTINGS["copy"], "run.stop_at_step=1"],
     }  # fmt: skip
     runs = [_run(corpus, tmp_path / "runs" / name, ep, *words) for name, words in more.items()]
+    # And once more, from its own checkpoint.
+    runs.append([*runs[0], "run.stop_at_step=8"])
     run_distributed(train_in_turn, 2, runs, timeout=300)
     # The same batch, and the function of the dense model: only bf16 rounds differently.
     expected = metrics(dense)[4]["lm_loss"]
@@ -228,7 +230,7 @@ def test_runs_go_on_and_grow_further(
         assert all(m["lm_loss"] == m["lm_loss"] < 10 for m in found.values())
     assert metrics(tmp_path / "runs" / "imported")[1]["lm_loss"] < 10
     grown = read_manifest(list_checkpoints(tmp_path / "runs" / "copy")[-1])
-    assert (grown.step, grown.stage, grown.num_experts, len(grown.plans)) == (7, 2, 16, 2)
+    assert (grown.step, grown.stage, grown.num_experts, len(grown.plans)) == (8, 2, 16, 2)
 
     theirs = list_checkpoints(tmp_path / "runs" / "fresh")[-1]
     mine, other = read_manifest(made["copy"]), read_manifest(theirs)
@@ -242,6 +244,12 @@ def test_runs_go_on_and_grow_further(
     assert write_report(tmp_path / "runs" / "groups", tmp_path / "other.html").exists()
     assert sorted(RunFiles(tmp_path / "runs" / "copy").read_plans()) == [3, 5]
     capsys.readouterr()
+    # Restored outside of the job, right after and after a growth of its own.
+    plan = ["plan", str(tmp_path / "runs" / "groups"), "--factor", "2", "--mode", "exact", "--selection", "greedy"]
+    assert main([*plan, "--scoring-batches", "1"]) == 0
+    assert "8 -> 16 experts" in capsys.readouterr().out
+    assert main(["plan", str(tmp_path / "runs" / "copy"), *plan[2:4], "--placement", "spread"]) == 0
+    assert "16 -> 32 experts" in capsys.readouterr().out
     assert main(["lineage", str(tmp_path / "runs" / "copy")]) == 0
     assert "stage 1, after step 3: the feed-forward of a dense model -> 8 experts (copy)" in capsys.readouterr().out
 
