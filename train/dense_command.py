@@ -1,6 +1,7 @@
 """The command `python -m upcycle from-dense`: its options, and what it prints."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,4 +111,4 @@ def from_dense(
         *([] if moments else ["checkpoint.load=model_only"]),
     ]
     show(f"{arguments.output}: step {manifest.step}, {manifest.num_experts} experts, verified")
-    show(f"go on with the settings of the dense run and {' '.join(words)}")
+    show(f"go on with the settings of the dense run and {shlex.join(words)}")

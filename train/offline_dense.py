@@ -33,6 +33,8 @@ _DECIDED = {
     "model.top_k": "--top-k",
     "model.expert_ffn_hidden_size": "--granularity",
 }
+# What an import keeps of the published model's architecture; the tokenizer beside it holds for experts too.
+_DENSE_ONLY = ("huggingface/config.json",)
 _ITEMSIZE = {"bf16": 2, "fp32": 4}
 
 
@@ -51,12 +53,24 @@ class DenseSource:
     settings: RunSettings
 
     def continuing(self) -> list[str]:
-        """The settings of the network that differ from the dense run's, as `KEY=VALUE`."""
-        mine, theirs = (settings_to_dict(s)["model"] for s in (self.settings, settings_of(self.manifest, [])))
-        return [f"model.{key}={_yaml(value)}" for key, value in mine.items() if value != theirs[key]]
+        """Settings that belong to the new model, as `KEY=VALUE`: all that differ from the defaults or the dense run's.
+
+        So they hold with and without the preset of the dense run, and for an import, which has none.
+        """
+        dense, found = settings_to_dict(settings_of(self.manifest, [])), []
+        mine, defaults = settings_to_dict(self.settings), settings_to_dict(RunSettings())
+        for group, keys in (("model", mine["model"]), ("run", ("precision",))):
+            for key in keys:
+                value = mine[group][key]
+                if value != defaults[group][key] or value != dense[group][key]:
+                    found.append(f"{group}.{key}={_plain(value)}")
+        return found
 
 
-def _yaml(value: Any) -> str:
+def _plain(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) + "}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -140,7 +154,7 @@ def make_from_dense(
         need_space(staging, dense.nbytes, f"checkpoint {output.name}")
         found = dense.write(staging / "tensors", chunk_bytes=chunk_bytes, say=say)
         verify_from_dense(old.fingerprints, found, dense, chunk_bytes=chunk_bytes)
-        carry_over_files(source.path, old.files, staging)
+        carry_over_files(source.path, old.files, staging, but=_DENSE_ONLY)
         ages = OptimizerAges.from_dict(old.ages)
         if dense.has_moments:
             every = {layer.layer: range(plan.experts_after) for layer in plan.layers}

@@ -9,7 +9,7 @@ with staged(output) as staging:
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,21 @@ def staged(output: Path) -> Iterator[Path]:
         raise
 
 
-def carry_over_files(source: Path, files: Mapping[str, Sequence[Any]], staging: Path) -> None:
+def carry_over_files(
+    source: Path, files: Mapping[str, Sequence[Any]], staging: Path, *, but: Collection[str] = ()
+) -> None:
     """Copy what a checkpoint holds beside its tensors: generator states, and whatever else was put there.
 
     Args:
         source: the checkpoint.
         files: from its manifest; they must be those that were written.
         staging: of the new one.
+        but: what is left behind.
 
     Raises:
         CheckpointError: if one is damaged.
     """
-    names = [name for name in files if not name.startswith("tensors/")]
+    names = [name for name in files if not name.startswith("tensors/") and name not in but]
     for name, told in digests(source, names).items():
         if told != files[name]:
             raise CheckpointError(f"checkpoint {source}: {name} is damaged: use an older checkpoint")

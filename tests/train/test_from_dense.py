@@ -5,6 +5,7 @@ slicing, and continued on two expert-parallel ranks.
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,9 @@ def weights_only(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = {name: rows for name, rows in old.items() if name.startswith("weight/")}
     data = read_manifest(_start(dense)).data | {"samples": 0}
     rewrite_manifest(folder, fingerprints=kept, step=0, tokens=0, optimizer_step=0, data=data)
+    (folder / "huggingface").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / "huggingface" / name).write_text("{}")
     reseal(folder)
     return folder
 
@@ -208,14 +212,18 @@ def test_runs_go_on_and_grow_further(
     """On two expert-parallel ranks, moments verified; a fresh model of the same configuration has the same keys."""
     imported = tmp_path / "imported"
     assert main(["from-dense", str(weights_only), *_MOE["copy"], "--output", str(imported)]) == 0
-    assert "checkpoint.load=model_only" in capsys.readouterr().out
+    # What is printed is what the run needs.
+    *_, told = capsys.readouterr().out.splitlines()
+    words = shlex.split(told.partition(" and ")[2])
+    assert {*_SETTINGS["copy"], "model.hidden_size=32", f"run.resume={imported}", "checkpoint.load=model_only"} <= {
+        *words
+    }
+    assert [p.name for p in (imported / "huggingface").iterdir()] == ["tokenizer.json"]
     ep, grow = "parallel.expert=2", "upcycle.stages=[{at_step: 5, factor: 2, selection: greedy, scoring_batches: 1}]"
     more = {
         "copy": [*_SETTINGS["copy"], f"run.resume={made['copy']}", grow, "run.stop_at_step=7"],
         "groups": [*_SETTINGS["groups"], f"run.resume={made['groups']}", "run.stop_at_step=4"],
-        "imported": [
-            *_SETTINGS["copy"], f"run.resume={imported}", "checkpoint.load=model_only", "run.stop_at_step=1",
-        ],
+        "imported": [*words, "run.stop_at_step=1"],
         "fresh": [*_SETTINGS["copy"], "run.stop_at_step=1"],
     }  # fmt: skip
     runs = [_run(corpus, tmp_path / "runs" / name, ep, *words) for name, words in more.items()]
