@@ -104,7 +104,7 @@ def from_dense(
     for line in plan.table():
         show(line)
     manifest = make_from_dense(source, plan, arguments.output, chunk_bytes=chunk_bytes, say=say)
-    moments = any(name.startswith("exp_avg/") for name in manifest.fingerprints)
+    moments = manifest.imported is not None or any(name.startswith("exp_avg/") for name in manifest.fingerprints)
     words = [
         f"run.resume={arguments.output}",
         *source.continuing(),

@@ -27,7 +27,7 @@ from parallel.regions import pieces_of
 from parallel.stream_files import StoredTensors
 from train.checkpoint import Manifest, need_space, read_manifest
 from train.checkpoint_files import wrong_files
-from train.hf_import import staged
+from train.offline_files import staged
 from train.run_files import PUBLISHED as KEPT
 from upcycle.course import Entry, require_released
 

@@ -5,7 +5,6 @@ moments are fresh by design, while any other checkpoint without moments stays re
 it can be planned for, expanded offline and exported like any other.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from model.hf.read import PublishedReader
 from model.hf.registry import family_of
 from model.hf.source import PublishedModel, carry_over
 from parallel.compat import mark_complete, versions
-from parallel.errors import CheckpointError
 from parallel.stream_files import TensorWriter, first_element, pieces
 from train.checkpoint import Manifest, need_space
 from train.checkpoint_files import digests, file_names, seal
 from train.config import RunConfig, RunSettings
+from train.offline_files import staged
 from train.run_files import PUBLISHED as KEPT
 from train.settings import settings_to_dict
 from train.start import model_identity
@@ -109,49 +108,3 @@ def _write_tensor(
         sums += tensor_sums(part, first_element(tensor.shape, box), numel // rows, rows)
         writer.add(tensor.key, tensor.shape, box, part)
     return sums.tolist()
-
-
-class staged:
-    """A folder that appears under its name only when it is complete.
-
-    Args:
-        output: its name; it must not exist, or be empty.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self._output = output.absolute()
-        self._staging = self._output.with_name(f"{self._output.name}.partial")
-
-    def __enter__(self) -> Path:
-        """Make the folder under its staging name.
-
-        Raises:
-            CheckpointError: if there is something already, or it cannot be written.
-        """
-        output = self._output
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
-        try:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging.mkdir(parents=True, mode=0o700)
-        except OSError as e:
-            raise self._unwritable(e) from None
-        return self._staging
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            try:
-                if self._output.exists():
-                    self._output.rmdir()
-                self._staging.rename(self._output)
-                return
-            except OSError as e:
-                error = e
-        shutil.rmtree(self._staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"--output {self._output} cannot be written ({error.strerror or error}): choose another folder"
-        )

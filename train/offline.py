@@ -32,7 +32,6 @@ from train.expansion import Amounts, decide, measure, wants_batches
 from train.guard import held_from
 from train.offline_files import carry_over_files, staged
 from train.run import Run
-from train.run_files import PUBLISHED as KEPT
 from train.settings import explain, settings_from_dict
 from train.switch import aged
 from upcycle.course import Course, Entry, Past, plan_course, require_released

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from model.hf.source import CONFIG
 from parallel.errors import ConfigError
 from parallel.optimizer_ages import OptimizerAges
 from train.checkpoint import Manifest, need_space
@@ -17,6 +18,7 @@ from train.checkpoint_files import digests, file_names, seal
 from train.config import RunSettings
 from train.offline import read_source, settings_of
 from train.offline_files import carry_over_files, staged
+from train.run_files import PUBLISHED
 from train.settings import settings_to_dict
 from train.start import model_identity
 from train.switch import aged
@@ -34,7 +36,7 @@ _DECIDED = {
     "model.expert_ffn_hidden_size": "--granularity",
 }
 # What an import keeps of the published model's architecture; the tokenizer beside it holds for experts too.
-_DENSE_ONLY = ("huggingface/config.json",)
+_DENSE_ONLY = (f"{PUBLISHED}/{CONFIG}",)
 _ITEMSIZE = {"bf16": 2, "fp32": 4}
 
 
@@ -103,7 +105,8 @@ def open_dense(path: Path, *, experts: int, top_k: int, granularity: int, overri
         raise ConfigError(f"--granularity={granularity} must be 1 or more: the shards of one feed-forward")
     width = settings_of(manifest, []).model.ffn_hidden_size // granularity
     decided = [f"model.num_experts={experts}", f"model.top_k={top_k}", f"model.expert_ffn_hidden_size={width}"]
-    settings = settings_of(manifest, [*overrides, *decided, "upcycle.stages=[]"])
+    # The weights are those of the checkpoint, whatever its run once began with.
+    settings = settings_of(manifest, [*overrides, *decided, "upcycle.stages=[]", "model.init_from=null"])
     return DenseSource(path, manifest, settings)
 
 

@@ -1,4 +1,4 @@
-"""Publishing a checkpoint that no job wrote: made under a staging name, renamed when complete.
+"""Publishing what no job wrote: made under a staging name, renamed when complete.
 
 with staged(output) as staging:
     need_space(staging, size, ...)
@@ -19,7 +19,7 @@ from train.checkpoint_files import digests
 
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write a checkpoint in; takes that name at the end, or is gone if the block raises.
+    """A folder beside `output` to write in; takes that name at the end, or is gone if the block raises.
 
     Args:
         output: must not exist, or be empty.
