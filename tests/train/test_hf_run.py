@@ -120,9 +120,9 @@ def test_a_run_begins_with_an_import(stories: dict[str, Any]) -> None:
     # The same weights, data and seed.
     assert metrics(run)[1]["lm_loss"] == metrics(stories["folder"] / "run")[1]["lm_loss"]
     assert not events(run, "data_change")
-    # Other text of the same kind, the same weights.
+    # Other text, the same weights: over the 5.95 of a fresh draw, as above, whatever this project's sources say by now.
     evaluated = json.loads((stories["folder"] / "evaluation.json").read_text())
-    assert abs(evaluated["sets"]["text"]["loss"] - metrics(run)[1]["lm_loss"]) < 0.2
+    assert 6.3 < evaluated["sets"]["text"]["loss"] < 7.3
 
 
 def test_what_does_not_fit_is_refused(stories: dict[str, Any]) -> None:
