@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from model.attention import LatentDotProductAttention
 from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
+from model.fp8 import check_device, mcore_fields
 from model.norm import AllKeysNorm, AllQueriesNorm, CoppiceNorm
 from parallel.compat import (
     have_transformer_engine,
@@ -98,6 +99,15 @@ def transformer_config(
             "model.dispatcher=flex needs DeepEP or HybridEP, which are not installed: install one (docs/gpu.md) or use "
             "model.dispatcher=alltoall"
         )
+    if model.fp8 != "none":
+        if experts_kind(model) != "te":
+            raise ConfigError(
+                f"model.fp8={model.fp8} needs Transformer Engine and a CUDA device: install both (docs/gpu.md), and use "
+                "model.experts=auto, or use model.fp8=none"
+            )
+        check_device(
+            model.fp8, model.fp8_recipe, torch.cuda.get_device_capability(layout.device), torch.cuda.get_device_name()
+        )
     activation, gated = _ACTIVATIONS[model.activation]
     bf16 = precision == "bf16"
     te = experts_kind(model) == "te"
@@ -163,7 +173,7 @@ def transformer_config(
         values |= dict(recompute_granularity=model.recompute)
         if model.recompute == "full":
             values |= dict(recompute_method="uniform", recompute_num_layers=1)
-    values |= model.mcore
+    values |= mcore_fields(model) | model.mcore
     cls = MLATransformerConfig if model.attention == "mla" else TransformerConfig
     try:
         return make_transformer_config(cls, **values)

@@ -6,6 +6,7 @@ Values come from `configs/model/*.yaml` and the command line; `model/build.py` t
 from dataclasses import dataclass, field
 from typing import Any
 
+from model.fp8 import FP8_FORMATS, FP8_RECIPES
 from parallel.errors import ConfigError
 
 ATTENTION = ("gqa", "mla")
@@ -135,6 +136,10 @@ class ModelConfig:
     experts: str = "auto"
     dispatcher: str = "alltoall"
     recompute: str = "none"
+    # 8-bit floats in matrix products, by Transformer Engine on a GPU: none, hybrid (e4m3; gradients e5m2) or e4m3.
+    fp8: str = "none"
+    # How 8-bit numbers are scaled: delayed, tensorwise, blockwise (Hopper) or mxfp8 (Blackwell).
+    fp8_recipe: str = "delayed"
     # Further fields of mcore's TransformerConfig by their own names, for what has no key here.
     mcore: dict[str, Any] = field(default_factory=dict)
 
@@ -164,6 +169,8 @@ class ModelConfig:
         one_of("model.experts", self.experts, EXPERT_KINDS)
         one_of("model.dispatcher", self.dispatcher, DISPATCHERS)
         one_of("model.recompute", self.recompute, RECOMPUTE)
+        one_of("model.fp8", self.fp8, FP8_FORMATS)
+        one_of("model.fp8_recipe", self.fp8_recipe, FP8_RECIPES)
         one_of("model.rope_scaling", self.rope_scaling, ROPE_SCALINGS)
         self._check_published()
         if self.head_dim is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from model.config import ModelConfig, divides, one_of, positive
+from model.fp8 import check_sizes
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from train.data_config import DataConfig
@@ -404,6 +405,7 @@ class RunSettings:
     def _check_layout(self, world_size: int, parallel: ParallelConfig, keys: Mapping[str, str]) -> None:
         model, data = self.model, self.data
         data_ranks = parallel.data(world_size, keys)
+        check_sizes(model, parallel, self.run.precision, keys)
         if parallel.expert > 1 and not model.num_experts:
             raise ConfigError(f"{keys['expert']}={parallel.expert} needs experts: model.num_experts=0 is a dense model")
         if parallel is self.parallel:

@@ -32,5 +32,6 @@ SECTIONS = {
     "experts": Section("our grouped GEMM over the ceiling, by tokens and skew", 90, "experts"),
     "kinds": Section("one checkpoint read by every expert module: the same losses", 90, "kinds"),
     "switch": Section("the live switch: bit-identical to the checkpoint path, pause, peak memory", 100, "switch"),
+    "fp8": Section("FP8 through an expansion, against bf16", 80, "fp8"),
     "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 140, "train"),
 }
