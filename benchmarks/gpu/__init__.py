@@ -28,10 +28,10 @@ class Section:
 
 
 SECTIONS = {
-    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 60, "machine"),
-    "experts": Section("our grouped GEMM over the ceiling, by tokens and skew", 90, "experts"),
-    "kinds": Section("one checkpoint read by every expert module: the same losses", 90, "kinds"),
-    "switch": Section("the live switch: bit-identical to the checkpoint path, pause, peak memory", 100, "switch"),
-    "fp8": Section("FP8 through an expansion, against bf16", 80, "fp8"),
-    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 140, "train"),
+    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 40, "machine"),
+    "experts": Section("our grouped GEMM over the ceiling, by tokens and skew", 70, "experts"),
+    "kinds": Section("one checkpoint read by every expert module: the same losses", 80, "kinds"),
+    "switch": Section("the live switch: bit-identical to the checkpoint path, pause, peak memory", 90, "switch"),
+    "fp8": Section("FP8 through an expansion, against bf16", 70, "fp8"),
+    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 130, "train"),
 }

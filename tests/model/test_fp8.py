@@ -51,7 +51,6 @@ def test_a_device_that_cannot_is_told_what_it_can() -> None:
 
 def _told() -> tuple[str, Any, Any, bool]:
     import torch
-
     from megatron.core.transformer import transformer_config as of_mcore
 
     from model import build
