@@ -41,14 +41,14 @@ _CASES: dict[str, tuple[int, list[str], str, list[str]]] = {
         _TWICE,
         ["model.layers=4", "model.moe_period=2", "model.tie_embeddings=true", "model.shared_expert_ffn_hidden_size=32"],
     ),
+}  # fmt: skip
+_SLOW: dict[str, tuple[int, list[str], str, list[str]]] = {
     "sequential-biases": (
         2,
         ["parallel.expert=2"],
         _TWICE,
         ["model.linear_bias=true", "model.normalization=LayerNorm", "model.activation=gelu", "model.experts=sequential"],
     ),
-}  # fmt: skip
-_SLOW: dict[str, tuple[int, list[str], str, list[str]]] = {
     "ep2-to-4": (4, ["parallel.expert=2"], "factor: 2, parallel: {expert: 4}", []),
     "ep4-m4": (4, ["parallel.expert=4"], "factor: 4", []),
     "ep1-dp2-to-ep2-plain": (2, ["optimizer.distributed=false"], _TWICE + ", parallel: {expert: 2}", []),

@@ -302,6 +302,7 @@ def test_the_moving_mean() -> None:
     assert np.isnan(moving_mean(np.full(3, np.nan), 3)).all()
 
 
+@pytest.mark.slow
 def test_a_very_long_run(tmp_path: Path) -> None:
     """200,000 steps: CPU seconds are counted, so that a busy machine does not fail the test."""
     rng = np.random.default_rng(0)

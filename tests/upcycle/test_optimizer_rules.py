@@ -303,10 +303,15 @@ def _check_rules(overrides: Sequence[str], rules: Sequence[OptimizerRule]) -> li
     [
         ["model.experts=grouped", "run.precision=bf16"],
         ["model.experts=grouped", "run.precision=fp32", "parallel.expert=2"],
-        ["model.experts=sequential", "run.precision=bf16", "parallel.expert=2"],
-        ["model.experts=sequential", "run.precision=fp32", "optimizer.distributed=false"],
+        pytest.param(["model.experts=sequential", "run.precision=bf16", "parallel.expert=2"], marks=pytest.mark.slow),
+        pytest.param(
+            ["model.experts=sequential", "run.precision=fp32", "optimizer.distributed=false"], marks=pytest.mark.slow
+        ),
         ["model.experts=grouped", "run.precision=bf16", "optimizer.distributed=false", "parallel.expert=2"],
-        ["model.experts=grouped", "run.precision=bf16", "parallel.tensor=2", "parallel.expert_tensor=2"],
+        pytest.param(
+            ["model.experts=grouped", "run.precision=bf16", "parallel.tensor=2", "parallel.expert_tensor=2"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda overrides: " ".join(o.partition(".")[2] for o in overrides),
 )
