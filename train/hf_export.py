@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.hf.logical import Block, LogicalTensor, logical_tensors, our_key, published_shapes
 from model.hf.mapping import Family
 from model.hf.registry import family_of
-from model.hf.source import CONFIG, carry_over, read_config
+from model.hf.source import CONFIG, all_finite, carry_over, read_config
 from model.hf.write import ShardWriter
 from model.sharded_state import MASTER_PREFIX, OPTIMIZER_PREFIX
 from parallel.compat import require_complete
@@ -191,8 +191,18 @@ def _write(
             if kind.itemsize > weight.itemsize and master in stored.tensors:
                 key = master
             for box in pieces_of(block.box, max(1, chunk_bytes // torch.float32.itemsize)):
-                writer.append(stored.read(key, box).to(kind).contiguous())
+                writer.append(_cast(stored.read(key, box), kind, tensor.key))
     writer.finish()
+
+
+def _cast(piece: torch.Tensor, kind: torch.dtype, key: str) -> torch.Tensor:
+    """A piece in the type of the export; one that would not be the same model is refused."""
+    cast = piece.to(kind).contiguous()
+    if not all_finite(cast):
+        if all_finite(piece):
+            raise ConfigError(f"{key} has numbers that float16 cannot hold: use --dtype bfloat16 or float32")
+        raise CheckpointError(f"{key} has numbers that are infinite or NaN: use an older checkpoint")
+    return cast
 
 
 def _config(config: Mapping[str, Any], family: Family, experts: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -154,8 +154,9 @@ def begin(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
     own = source is not None and belongs_to(run.files.run_dir, source)
     if source is None and named is not None:
         _fill(run, Path(named.removeprefix(HF_PREFIX)))
-    elif source is not None and not own and (source / KEPT).is_dir():
-        _keep(run, source / KEPT)
+    elif source is not None and not own:
+        if (source / KEPT).is_dir():
+            _keep(run, source / KEPT)
         if manifest is not None and manifest.imported is not None:
             run.console.say(
                 f"{source} was imported from {manifest.imported['source']}: weights and masters are its own, Adam's moments "
@@ -220,6 +221,9 @@ def check_imported(path: Path, manifest: Manifest, corpus: Any) -> None:
     Raises:
         CoppiceError: naming what does not fit.
     """
+    # What came of a dense import by from-dense has no config.json, and so nothing where there was no tokenizer either.
+    if not any(name.startswith(f"{KEPT}/") for name in manifest.files):
+        return
     if not (path / KEPT).is_dir():
         raise CheckpointError(
             f"checkpoint {path} was imported from {manifest.imported} and lacks {KEPT}: import it again"

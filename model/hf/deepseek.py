@@ -83,7 +83,8 @@ def _v3(config: Mapping[str, Any]) -> dict[str, Any]:
             f"num_experts_per_tok={config['num_experts_per_tok']}: mcore divides sigmoid gates by their sum where there are "
             "two or more, and only there"
         )
-    return _layers(config) | _groups(config, best=2)
+    # What the published code takes where the file does not say.
+    return _layers(config) | _groups({"n_group": 8, "topk_group": 4, **config}, best=2)
 
 
 def _v2(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Family:
         experts: the field with the number of routed experts; None for a dense family.
         left_out: whether a tensor of the folder is no part of what is trained here, such as a prediction head.
         on_export: fields of config.json that an export changes, because what they speak of is left out.
+        rope_base: what a config.json without `rope_theta` means.
     """
 
     model_type: str
@@ -91,6 +92,7 @@ class Family:
     experts: Field | None = None
     left_out: Callable[[Mapping[str, Any], str], bool] = lambda config, name: False
     on_export: Mapping[str, Any] = field(default_factory=dict)
+    rope_base: float = 10000.0
 
     def architecture_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our keys, as config.json sets them: the network, and nothing about how it is trained.
@@ -102,8 +104,17 @@ class Family:
         values: dict[str, Any] = {f.name: f.default for f in fields(ModelConfig) if f.name not in _NOT_ARCHITECTURE}
         values |= {name: f.of(config) for name, f in self.fields.items()} | dict(self.fixed)
         values["num_experts"] = 0 if self.experts is None else self.experts.of(config)
-        values |= rope_values(config, latent=values.get("attention") == "mla")
-        return values | self.derive(config)
+        values |= rope_values(config, latent=values.get("attention") == "mla", base=self.rope_base)
+        values |= self.derive(config)
+        if values["num_experts"] and values["top_k"] == 1 and (values["router_score"], values["router_pre_softmax"]) == (
+            "softmax",
+            False,
+        ):
+            raise ConfigError(
+                "config.json has num_experts_per_tok=1 and gates divided by their sum, which then are 1 whatever the router "
+                "says: mcore does not build it, as its router could not learn"
+            )
+        return values
 
     def training_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our keys that are about training, as the family is trained, where the user says nothing else."""
@@ -138,18 +149,19 @@ class Family:
         return ModelConfig(**{**self.training_values(config), **training, **self.architecture_values(config)})
 
 
-def rope_values(config: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
+def rope_values(config: Mapping[str, Any], *, latent: bool, base: float = 10000.0) -> dict[str, Any]:
     """Our keys of rotary embeddings, from either form: `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
     Args:
         config: of the model.
         latent: whether attention is multi-head latent.
+        base: where the file has no `rope_theta`.
 
     Raises:
         ConfigError: for a kind of scaling that mcore does not compute, naming it.
     """
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = scaling.pop("rope_theta", config.get("rope_theta", 10000.0))
+    base = scaling.pop("rope_theta", config.get("rope_theta", base))
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     partial = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -159,7 +171,10 @@ def rope_values(config: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
     if kind == "default":
         return values
     if kind == ("yarn" if latent else "llama3"):
-        values |= (_yarn if latent else _llama3)(scaling)
+        try:
+            values |= (_yarn if latent else _llama3)(scaling)
+        except KeyError as e:
+            raise ConfigError(f"config.json has no {e.args[0]} in its rope parameters: it is not complete") from None
         return values
     raise ConfigError(
         f"config.json has rope_type={kind}, which mcore does not compute for this attention: only default and "

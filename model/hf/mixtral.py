@@ -18,6 +18,7 @@ MIXTRAL = Family(
     fixed=FIXED | {"router_score": "softmax", "router_pre_softmax": False},
     required={"hidden_act": ("silu",), "sliding_window": (None,), "router_jitter_noise": (0.0,)},
     suggested=MOE_AUX,
+    rope_base=1e6,
     experts=key("num_local_experts"),
     names=NAMES
     | {

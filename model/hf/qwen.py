@@ -23,10 +23,15 @@ from model.hf.mapping import (
 )
 from parallel.errors import ConfigError
 
-_REQUIRED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "use_sliding_window": (False,)}
+# Of no effect with these values, and in some published files: `use_mrope` of Qwen2.5, the last three of Qwen3-Coder.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "use_mrope": (False, None),
+}
 _IGNORED = frozenset(("sliding_window", "max_window_layers", "layer_types"))
 _WITH_BIAS = _REQUIRED | {"qkv_bias": (True,)}
-_WITHOUT_BIAS = _REQUIRED | {"attention_bias": (False,)}
+_WITHOUT_BIAS = _REQUIRED | {"attention_bias": (False,), "qkv_bias": (False,), "use_qk_norm": (True,)}
 
 
 def _full_attention(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +106,7 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     fields=COMMON | GROUPED_QUERIES | _MOE_FIELDS,
     fixed=FIXED | {"qk_norm": True},
-    required=_WITHOUT_BIAS,
+    required=_WITHOUT_BIAS | {"shared_expert_intermediate_size": (0, None)},
     ignored=_MOE_IGNORED,
     derive=_routing,
     suggested=MOE_AUX,

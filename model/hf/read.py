@@ -20,6 +20,10 @@ from parallel.errors import CheckpointError
 from parallel.regions import Box, intersect
 
 
+# Rotary frequencies, which Llama 2 and others of its time hold as tensors: config.json says what they are.
+_COMPUTED = ".rotary_emb.inv_freq"
+
+
 class PublishedReader:
     """Our tensors, read from a published model.
 
@@ -41,7 +45,9 @@ class PublishedReader:
         self.tensors = logical_tensors(model, model.num_experts, self.family.names)
         self._first = {key: [b.box.offset[0] for b in t.blocks] for key, t in self.tensors.items()}
         self._extent = {key: max(b.box.shape[0] for b in t.blocks) for key, t in self.tensors.items()}
-        self.left_out = sorted(n for n in source.tensors if self.family.left_out(source.config, n))
+        self.left_out = sorted(
+            n for n in source.tensors if n.endswith(_COMPUTED) or self.family.left_out(source.config, n)
+        )
         self._check()
 
     def _check(self) -> None:

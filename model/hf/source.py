@@ -39,6 +39,12 @@ class PublishedTensor(NamedTuple):
     file: str
 
 
+def all_finite(block: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN."""
+    # The sum takes a fraction of the time and nearly always tells; large numbers may be too much for it.
+    return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -107,7 +113,7 @@ class PublishedModel:
         """Name -> file as the index says; empty where one file holds all."""
         if (self.folder / INDEX).is_file():
             told = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(told, dict) or not told:
+            if not isinstance(told, dict) or not told or not all(isinstance(file, str) for file in told.values()):
                 raise CheckpointError(f"{self.folder / INDEX} has no weight_map: download it again")
             for file in sorted(set(told.values())):
                 # A name is a name: never a way out of the folder.
@@ -153,7 +159,7 @@ class PublishedModel:
         """A block of a tensor; nothing else of it is read.
 
         Raises:
-            CheckpointError: if the file cannot be read.
+            CheckpointError: if the file cannot be read, or holds numbers that are not finite.
         """
         file = self.tensors[name].file
         try:
@@ -161,6 +167,11 @@ class PublishedModel:
             block: torch.Tensor = part[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"{self.folder / file} cannot be read ({e}): download it again") from None
+        if not all_finite(block):
+            raise CheckpointError(
+                f"{name} in {self.folder / file} has numbers that are infinite or NaN, with which nothing can be trained: "
+                "download it again, or take another version"
+            )
         return block
 
     def main_dtype(self) -> torch.dtype:

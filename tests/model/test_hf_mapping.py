@@ -35,6 +35,10 @@ _QWEN3: dict[str, Any] = {
     "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 151936,
 }  # fmt: skip
+_MOE_ONLY = (
+    "attention_bias", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts",
+    "num_experts_per_tok", "router_aux_loss_coef",
+)  # fmt: skip
 _V3: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "bos_token_id": 0, "eos_token_id": 1,
@@ -108,7 +112,11 @@ def test_blocks_cover_every_tensor_once(config: dict[str, Any]) -> None:
         (_MIXTRAL, {"quantization_config": {"quant_method": "fp8"}}, "quant_method=fp8"),
         (_MIXTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
         (_MIXTRAL, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (_MIXTRAL, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 and gates divided by their sum"),
+        (_QWEN3, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 and gates divided by their sum"),
         (_QWEN3, {"use_sliding_window": True}, "use_sliding_window=True"),
+        (_QWEN3, {"use_qk_norm": False}, "use_qk_norm=False"),
+        (_QWEN3, {"shared_expert_intermediate_size": 512}, "shared_expert_intermediate_size=512"),
         (_QWEN3, {"attention_bias": True}, "attention_bias=True"),
         (_QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types[1]=sliding_attention"),
         (_QWEN3, {"mlp_only_layers": [3, 7]}, "dense (d) layers MMMdMMMdM"),
@@ -126,10 +134,46 @@ def test_what_cannot_be_expressed_is_refused(config: dict[str, Any], change: dic
     assert told in str(refused.value)
 
 
-def test_a_missing_field_is_named() -> None:
-    config = {k: v for k, v in _MIXTRAL.items() if k != "num_local_experts"}
-    with pytest.raises(ConfigError, match="has no num_local_experts"):
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({k: v for k, v in _MIXTRAL.items() if k != "num_local_experts"}, "num_local_experts"),
+        (_V3 | {"rope_scaling": {"type": "yarn", "factor": 40}}, "original_max_position_embeddings in its rope"),
+        (_V3 | {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 4096}}, "factor in its rope"),
+    ],
+    ids=("experts", "length", "factor"),
+)
+def test_a_missing_field_is_named(config: dict[str, Any], missing: str) -> None:
+    with pytest.raises(ConfigError, match=f"has no {missing}"):
         family_of(config).model_config(config)
+
+
+def test_keys_of_no_effect_in_published_files_are_taken() -> None:
+    # Qwen3-Coder-30B-A3B, and the base models of Qwen2.5.
+    coder = _QWEN3 | {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+    assert family_of(coder).model_config(coder) == family_of(_QWEN3).model_config(_QWEN3)
+    dense = {k: v for k, v in _QWEN3.items() if k not in _MOE_ONLY}
+    dense |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    assert family_of(dense).model_config(dense | {"use_mrope": False}) == family_of(dense).model_config(dense)
+    with pytest.raises(ConfigError, match="use_mrope=True"):
+        family_of(dense).model_config(dense | {"use_mrope": True})
+
+
+@pytest.mark.parametrize(
+    ("config", "absent", "ours", "value"),
+    [
+        (_MIXTRAL, ("rope_theta",), "rope_base", 1e6),
+        (_QWEN3, ("rope_theta",), "rope_base", 1e4),
+        (_V3, ("n_group", "topk_group"), "router_groups", 8),
+    ],
+    ids=("mixtral", "qwen3", "deepseek"),
+)
+def test_an_absent_key_means_what_it_means_to_transformers(
+    config: dict[str, Any], absent: tuple[str, ...], ours: str, value: float
+) -> None:
+    """Of keys that no tensor's name or shape depends on, so that nothing else would tell."""
+    left = {k: v for k, v in config.items() if k not in absent}
+    assert getattr(family_of(left).model_config(left), ours) == value
 
 
 def test_llama3_needs_the_lengths_that_mcore_has() -> None:

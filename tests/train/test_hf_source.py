@@ -80,6 +80,11 @@ _BROKEN: dict[str, tuple[Callable[[Path], None], type[CoppiceError], str]] = {
         CheckpointError,
         r"lm_head.weight of shape [104, 32], but its config.json asks for [103, 32]",
     ),
+    "index of another form": (
+        lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {_OUTPUT: None}})),
+        CheckpointError,
+        "has no weight_map",
+    ),
     "quantised": (
         _changed(lambda t: t.update({_OUTPUT: torch.zeros(103, 32, dtype=torch.int8)})),
         ConfigError,
@@ -125,6 +130,41 @@ def test_heads_of_multi_token_prediction_are_left_out(published: Path, noise: di
     _changed(lambda t: t.update({"model.layers.4.eh_proj.weight": torch.zeros(2, 2)}))(folder)
     with pytest.raises(CheckpointError, match=r"first model\.layers\.4\.eh_proj"):
         _reader(folder)
+
+
+def test_rotary_frequencies_are_left_out(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
+    """Llama 2 is published with them as tensors."""
+    folder, name = tmp_path / "model", "model.layers.0.self_attn.rotary_emb.inv_freq"
+    shutil.copytree(published / "llama", folder)
+    _changed(lambda t: t.update({name: torch.ones(4)}))(folder)
+    assert _reader(folder).left_out == [name]
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_numbers_that_are_not_finite_are_refused(
+    value: float, published: Path, noise: dict[str, float], tmp_path: Path
+) -> None:
+    from train.hf_import import import_published
+
+    folder = tmp_path / "model"
+    shutil.copytree(published / "llama", folder)
+    _changed(lambda t: t[_OUTPUT][5].fill_(value))(folder)
+    with pytest.raises(CheckpointError, match=f"{_OUTPUT} in .*infinite or NaN"):
+        import_published(folder, tmp_path / "made", precision=None, vocab_multiple=128, chunk_bytes=1 << 20, say=print)
+    assert not list(tmp_path.glob("made*"))
+
+
+def test_an_export_in_a_type_too_small_is_refused(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
+    from train import hf_command
+
+    folder, made, output = tmp_path / "model", tmp_path / "made", str(tmp_path / "out")
+    shutil.copytree(published / "llama", folder)
+    # More than fp16 has, and a sum that is more than fp32 has: neither makes a number infinite.
+    _changed(lambda t: t[_OUTPUT].fill_(3e38))(folder)
+    assert hf_command.main(["import", str(folder), "--output", str(made)]) == 0
+    assert hf_command.main(["export", str(made), "--output", output, "--dtype", "float16"]) == ConfigError.exit_code
+    assert not Path(output).exists()
+    assert hf_command.main(["export", str(made), "--output", output]) == 0
 
 
 def test_a_corpus_of_other_tokens_is_refused(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
