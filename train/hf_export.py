@@ -16,7 +16,7 @@ import torch
 
 from model.config import ModelConfig
 from model.hf.logical import Block, LogicalTensor, logical_tensors, our_key, published_shapes
-from model.hf.mapping import Family
+from model.hf.mapping import Family, moe_layers
 from model.hf.registry import family_of
 from model.hf.source import CONFIG, all_finite, carry_over, read_config
 from model.hf.write import ShardWriter
@@ -106,8 +106,8 @@ def _kept(path: Path) -> Path:
         if (folder / CONFIG).is_file():
             return folder
     raise ConfigError(
-        f"{path} was not begun with a published model, so nothing says how to publish it: name a folder of its family, with "
-        "config.json and tokenizer files, by --like DIR"
+        f"{path} has no {KEPT}/{CONFIG}, as its run did not begin with a published model or became one of experts: name a "
+        "folder of its family, with config.json and tokenizer files, by --like DIR"
     )
 
 
@@ -119,20 +119,51 @@ def _trained_model(
     Raises:
         CheckpointError: naming the first key that differs.
     """
+    if bool(manifest.num_experts) != (family.experts is not None):
+        raise CheckpointError(
+            f"{path} has {manifest.num_experts or 'no'} experts per layer, but {folder / CONFIG} is of {family.model_type}, "
+            f"which has {'none' if manifest.num_experts else 'some'}: name a folder of another family by --like DIR"
+        )
     architecture = family.architecture_values(config) | {"num_experts": manifest.num_experts}
     told = manifest.model
-    for name, value in architecture.items():
-        default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == name)
-        trained = told.get(f"model.{name}", default)
-        if name == "vocab_size" and trained is None:
-            trained = manifest.vocab_size
-        if name != "num_experts" and trained != value:
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    trained = {name: told.get(f"model.{name}", defaults[name]) for name in architecture}
+    trained |= {"num_experts": manifest.num_experts, "vocab_size": trained["vocab_size"] or manifest.vocab_size}
+    ours, theirs = _meaning(trained), _meaning(architecture)
+    for name in architecture:
+        if ours.get(name) != theirs.get(name):
             raise CheckpointError(
-                f"{path} was trained with model.{name}={trained}, but {folder / CONFIG} makes it {value}: it cannot be "
-                f"published as this {family.model_type}"
+                f"{path} was trained with model.{name}={trained[name]}, but {folder / CONFIG} makes it "
+                f"{architecture[name]}: it cannot be published as this {family.model_type}"
             )
     training = {name: told[f"model.{name}"] for name in ("balancing", "vocab_multiple")}
     return ModelConfig(**{**training, **architecture})
+
+
+def _meaning(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of an architecture in one form, without those that mean nothing beside the others."""
+    found, idle = dict(values), set[str]()
+    if found["attention"] == "mla":
+        idle |= {"head_dim", "kv_heads"}
+    else:
+        idle |= {name for name in found if name.startswith("mla_")}
+        found["head_dim"] = found["head_dim"] or found["hidden_size"] // found["attention_heads"]
+        found["kv_heads"] = found["kv_heads"] or found["attention_heads"]
+    if found["rope_scaling"] == "none":
+        idle |= {"rope_scaling_factor", "rope_original_length"}
+    if found["rope_scaling"] != "yarn":
+        idle |= {"rope_mscale", "rope_mscale_all_dim"}
+    if found["num_experts"]:
+        found["router_scale"] = found["router_scale"] or 1.0
+        pattern = {name: found[name] for name in ("layers", "dense_first", "dense_last", "moe_period")}
+        numbers = ModelConfig(**pattern).moe_layer_numbers()
+        found |= moe_layers(found["layers"], lambda i: i + 1 in numbers)
+        if len(numbers) == found["layers"]:
+            idle.add("ffn_hidden_size")
+    else:
+        idle |= {"top_k", "dense_first", "dense_last", "moe_period"}
+        idle |= {name for name in found if name.startswith(("expert_", "shared_expert_", "router_"))}
+    return {name: value for name, value in found.items() if name not in idle}
 
 
 def _stored_keys(stored: StoredTensors, tensors: Mapping[str, LogicalTensor], path: Path) -> dict[str, str]:
@@ -213,6 +244,7 @@ def _config(config: Mapping[str, Any], family: Family, experts: int, dtype: torc
         present = [key for key in family.experts.keys if key in written] or [family.experts.keys[0]]
         written |= dict.fromkeys(present, experts)
     written |= {key: value for key, value in family.on_export.items() if key in written}
+    written["architectures"] = [family.architecture]
     named = next(name for name, of in DTYPES.items() if of == dtype)
     key = next((key for key in _DTYPE_KEYS if key in written), _DTYPE_KEYS[0])
     return written | {key: named}
