@@ -7,7 +7,7 @@ key is refused by name, so that nothing that matters is passed over in silence.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from model.config import ModelConfig
 from parallel.errors import ConfigError
@@ -27,6 +27,23 @@ _NOT_ARCHITECTURE = frozenset(
     ("init_from", "vocab_multiple", "init_std", "dropout", "balancing", "aux_loss_coeff", "z_loss_coeff",
      "bias_update_rate", "capacity_factor", "experts", "dispatcher", "recompute", "fp8", "fp8_recipe", "mcore")
 )  # fmt: skip
+
+# Forms of keys that set none of ours alone; null is allowed.
+_FORMS: dict[str, tuple[type, ...]] = {
+    "architectures": (list,), "layer_types": (list,), "mlp_only_layers": (list,), "quantization_config": (dict,),
+    "rope_parameters": (dict,), "rope_scaling": (dict,), "decoder_sparse_step": (int,), "first_k_dense_replace": (int,),
+    "n_group": (int,), "topk_group": (int,), "n_shared_experts": (int,),
+}  # fmt: skip
+
+
+def _require_form(name: str, value: Any, forms: tuple[type, ...]) -> None:
+    """Refuse a value that is not of one of the forms; a truth value is no number."""
+    forms = (*forms, int) if float in forms else forms
+    if not isinstance(value, forms) or (isinstance(value, bool) and bool not in forms):
+        told = " or ".join("null" if form is type(None) else form.__name__ for form in forms)
+        raise ConfigError(
+            f"config.json has {name}={value!r}, which is not {told}: it is damaged, or of another version"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,13 +119,21 @@ class Family:
         """
         self._refuse(config)
         values: dict[str, Any] = {f.name: f.default for f in fields(ModelConfig) if f.name not in _NOT_ARCHITECTURE}
-        values |= {name: f.of(config) for name, f in self.fields.items()} | dict(self.fixed)
-        values["num_experts"] = 0 if self.experts is None else self.experts.of(config)
+        hints = get_type_hints(ModelConfig) | {"vocab_size": int}
+        for name, f in (self.fields | ({} if self.experts is None else {"num_experts": self.experts})).items():
+            values[name] = f.of(config)
+            _require_form(f.keys[0], values[name], get_args(hints[name]) or (hints[name],))
+        values |= {"num_experts": 0 if self.experts is None else values["num_experts"]} | dict(self.fixed)
         values |= rope_values(config, latent=values.get("attention") == "mla", base=self.rope_base)
         values |= self.derive(config)
-        if values["num_experts"] and values["top_k"] == 1 and (values["router_score"], values["router_pre_softmax"]) == (
-            "softmax",
-            False,
+        if (
+            values["num_experts"]
+            and values["top_k"] == 1
+            and (values["router_score"], values["router_pre_softmax"])
+            == (
+                "softmax",
+                False,
+            )
         ):
             raise ConfigError(
                 "config.json has num_experts_per_tok=1 and gates divided by their sum, which then are 1 whatever the router "
@@ -118,9 +143,15 @@ class Family:
 
     def training_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our keys that are about training, as the family is trained, where the user says nothing else."""
+        for f in self.suggested.values():
+            if isinstance(f, Field):
+                _require_form(f.keys[0], f.of(config), (float,))
         return {k: f.of(config) if isinstance(f, Field) else f for k, f in self.suggested.items()}
 
     def _refuse(self, config: Mapping[str, Any]) -> None:
+        for name, forms in _FORMS.items():
+            if config.get(name) is not None:
+                _require_form(name, config[name], forms)
         if config.get("quantization_config"):
             method = dict(config["quantization_config"]).get("quant_method", "unknown")
             raise ConfigError(
@@ -167,6 +198,7 @@ def rope_values(config: Mapping[str, Any], *, latent: bool, base: float = 10000.
     partial = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         raise ConfigError(f"config.json has partial_rotary_factor={partial}, which cannot be expressed here (only 1.0)")
+    _require_form("rope_theta", base, (float,))
     values: dict[str, Any] = {"rope_base": float(base), "rope_scaling": "none"}
     if kind == "default":
         return values
@@ -175,6 +207,8 @@ def rope_values(config: Mapping[str, Any], *, latent: bool, base: float = 10000.
             values |= (_yarn if latent else _llama3)(scaling)
         except KeyError as e:
             raise ConfigError(f"config.json has no {e.args[0]} in its rope parameters: it is not complete") from None
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"config.json has rope parameters that are no numbers: {e}") from None
         return values
     raise ConfigError(
         f"config.json has rope_type={kind}, which mcore does not compute for this attention: only default and "

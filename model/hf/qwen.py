@@ -43,7 +43,9 @@ def _full_attention(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _routing(config: Mapping[str, Any]) -> dict[str, Any]:
     _full_attention(config)
-    step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    if not step or step < 1:
+        raise ConfigError(f"config.json has decoder_sparse_step={step}, which is no period of layers")
     layers = moe_layers(config["num_hidden_layers"], lambda i: i not in dense and (i + 1) % step == 0)
     return layers | {"router_score": "softmax", "router_pre_softmax": not config.get("norm_topk_prob", False)}
 

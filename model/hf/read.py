@@ -19,7 +19,6 @@ from model.hf.source import PublishedModel
 from parallel.errors import CheckpointError
 from parallel.regions import Box, intersect
 
-
 # Rotary frequencies, which Llama 2 and others of its time hold as tensors: config.json says what they are.
 _COMPUTED = ".rotary_emb.inv_freq"
 

@@ -43,6 +43,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
         ConfigError: naming a model_type or an architecture that is not known.
     """
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"config.json has model_type={kind}: use a complete folder of a published model")
     if kind in _IMPOSSIBLE:
         raise ConfigError(f"config.json has model_type={kind}, which cannot be imported: {_IMPOSSIBLE[kind]}")
     if kind not in FAMILIES:
@@ -51,9 +53,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     family = FAMILIES[kind]
     named = config.get("architectures") or [family.architecture]
-    if list(named) != [family.architecture]:
+    if named != [family.architecture]:
+        shown = ", ".join(map(str, named)) if isinstance(named, list) else named
         raise ConfigError(
-            f"config.json has architectures={', '.join(map(str, named))}: of model_type={kind} only "
-            f"{family.architecture} is known"
+            f"config.json has architectures={shown}: of model_type={kind} only {family.architecture} is known"
         )
     return family

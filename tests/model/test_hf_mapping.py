@@ -1,5 +1,6 @@
 """What config.json means, without weights: forms, refusals, patterns of layers, and blocks that cover every tensor."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -174,6 +175,22 @@ def test_an_absent_key_means_what_it_means_to_transformers(
     """Of keys that no tensor's name or shape depends on, so that nothing else would tell."""
     left = {k: v for k, v in config.items() if k not in absent}
     assert getattr(family_of(left).model_config(left), ours) == value
+
+
+@pytest.mark.parametrize("config", [_MIXTRAL, _QWEN3, _V3], ids=lambda c: str(c["model_type"]))
+def test_a_value_of_any_form_is_taken_or_refused(config: dict[str, Any]) -> None:
+    """Whatever stands in a config.json, nothing but a ConfigError comes of it."""
+    for key in config:
+        for other in (None, "x", -1, 0, [], {}, 1.5, True, 1e30):
+            changed = config | {key: other}
+            with contextlib.suppress(ConfigError):
+                family = family_of(changed)
+                family.model_config(changed)
+                # Nothing that has passed breaks what is built on it, which must not be large here.
+                logical_tensors(family.model_config(changed | {"num_hidden_layers": 4}), 4, family.names)
+    for key in ("hidden_size", "num_hidden_layers", "num_experts_per_tok", "vocab_size", "rms_norm_eps", "rope_theta"):
+        with pytest.raises(ConfigError, match=f"{key}='x'"):
+            family_of(config).model_config(config | {key: "x"})
 
 
 def test_llama3_needs_the_lengths_that_mcore_has() -> None:
