@@ -21,6 +21,8 @@ from parallel.regions import Box, intersect
 
 # Rotary frequencies, which Llama 2 and others of its time hold as tensors: config.json says what they are.
 _COMPUTED = ".rotary_emb.inv_freq"
+# Elements that are compared at a time.
+_COMPARED = 1 << 22
 
 
 class PublishedReader:
@@ -47,7 +49,27 @@ class PublishedReader:
         self.left_out = sorted(
             n for n in source.tensors if n.endswith(_COMPUTED) or self.family.left_out(source.config, n)
         )
+        if model.tie_embeddings:
+            self._leave_out_tied(self.family.names["embedding"], self.family.names["output"])
         self._check()
+
+    def _leave_out_tied(self, embedding: str, output: str) -> None:
+        """Leave out a second copy of a tied embedding, which some tools write; it must be one."""
+        there = self.source.tensors
+        if output not in there or embedding not in there:
+            return
+        (rows, width), shape = there[embedding].shape, there[output].shape
+        step = max(1, _COMPARED // width)
+        for first in range(0, rows, step):
+            block = (first, 0), (min(step, rows - first), width)
+            if shape != (rows, width) or not torch.equal(
+                *(self.source.read(name, *block).float() for name in (embedding, output))
+            ):
+                raise CheckpointError(
+                    f"{self.source.folder} has {output} other than {embedding}, but its config.json says "
+                    "tie_word_embeddings=true: correct whichever is wrong"
+                )
+        self.left_out = sorted([*self.left_out, output])
 
     def _check(self) -> None:
         wanted, there, where = published_shapes(self.tensors.values()), self.source.tensors, self.source.folder

@@ -140,6 +140,20 @@ def test_rotary_frequencies_are_left_out(published: Path, noise: dict[str, float
     assert _reader(folder).left_out == [name]
 
 
+def test_a_second_copy_of_a_tied_embedding_is_left_out(
+    published: Path, noise: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(published / "qwen2", folder)
+    monkeypatch.setattr("model.hf.read._COMPARED", 1000)
+    _changed(lambda t: t.update({_OUTPUT: t["model.embed_tokens.weight"].clone()}))(folder)
+    assert _reader(folder).left_out == [_OUTPUT]
+    for change in (lambda t: t[_OUTPUT][-1, -1].add_(1), lambda t: t.update({_OUTPUT: t[_OUTPUT][1:].clone()})):
+        _changed(change)(folder)
+        with pytest.raises(CheckpointError, match=f"has {_OUTPUT} other than .* tie_word_embeddings=true"):
+            _reader(folder)
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_numbers_that_are_not_finite_are_refused(
     value: float, published: Path, noise: dict[str, float], tmp_path: Path
