@@ -195,17 +195,25 @@ def resolve(run_dir: Path, resume: str) -> Path | None:
     return theirs[-1]
 
 
-def need_space(folder: Path, needed_bytes: int, what: str) -> None:
+def need_space(folder: Path, needed_bytes: int, what: str, *, output: Path | None = None) -> None:
     """Refuse to start writing what will not fit.
+
+    Args:
+        folder: on the disk.
+        needed_bytes: of what is to be written.
+        what: it is.
+        output: as given to a command; None for what a run writes.
 
     Raises:
         CheckpointError: naming the folder, what is free and what is needed.
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
+        where, remedy = f"run.dir={folder}", "free space, lower checkpoint.keep_last, or choose another run.dir"
+        if output is not None:
+            where, remedy = f"--output {output}", "free space, or choose another folder"
         raise CheckpointError(
-            f"run.dir={folder}: {what} needs {needed_bytes / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free: free "
-            "space, lower checkpoint.keep_last, or choose another run.dir"
+            f"{where}: {what} needs {needed_bytes / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free: {remedy}"
         )
 
 

@@ -92,7 +92,7 @@ def export_checkpoint(
         kind = _dtype(dtype, config, stored.tensors[keys[next(iter(tensors))]].dtype)
         with staged(output) as staging:
             writer = ShardWriter(staging, _plan(tensors, kind), shard_bytes)
-            need_space(staging, writer.total_bytes, f"export {output.name}")
+            need_space(staging, writer.total_bytes, "the model", output=output)
             _write(stored, keys, tensors, kind, writer, chunk_bytes)
             carry_over(folder, staging)
             written = _config(config, family, manifest.num_experts, kind)

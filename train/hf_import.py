@@ -58,7 +58,7 @@ def import_published(
         say(f"{source}: {len(reader.left_out)} tensors are left out, first {reader.left_out[0]}")
     settings = RunSettings(model=model, run=RunConfig(dir=str(output), precision=precision))
     with staged(output) as staging:
-        need_space(staging, reader.bytes_read(), f"checkpoint {output.name}")
+        need_space(staging, _bytes_of(reader, _DTYPES[precision]), "the checkpoint", output=output)
         found = _write_tensors(reader, staging / "tensors", _DTYPES[precision], chunk_bytes)
         (staging / "rng").mkdir()
         carry_over(source, staging / KEPT)
@@ -81,6 +81,12 @@ def import_published(
         )
         seal(staging, manifest, digests(staging, file_names(staging)))
     return manifest
+
+
+def _bytes_of(reader: PublishedReader, dtype: torch.dtype) -> int:
+    """Of the tensors that are to be written, in their type there and not in that of the source."""
+    tensors = reader.tensors.values()
+    return sum(torch.Size(t.shape).numel() * (torch.float32 if t.fp32 else dtype).itemsize for t in tensors)
 
 
 def _write_tensors(reader: PublishedReader, folder: Path, dtype: torch.dtype, chunk_bytes: int) -> Fingerprints:

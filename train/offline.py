@@ -328,7 +328,7 @@ def expand_offline(
     with staged(output) as staging:
         grown = plan.experts_after / plan.experts_before
         size = sum(f.stat().st_size for f in (source.path / "tensors").iterdir())
-        need_space(staging, int(size * grown), f"checkpoint {output.name}")
+        need_space(staging, int(size * grown), "the checkpoint", output=output)
         found = stream_expand(
             source.path / "tensors", staging / "tensors", plan, old.experts, chunk_bytes=chunk_bytes, say=say
         )

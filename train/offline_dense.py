@@ -154,7 +154,7 @@ def make_from_dense(
         bias_noise=0.0,
     )
     with staged(output) as staging, opened_dense(tensors, plan, source.settings.model) as dense:
-        need_space(staging, dense.nbytes, f"checkpoint {output.name}")
+        need_space(staging, dense.nbytes, "the checkpoint", output=output)
         found = dense.write(staging / "tensors", chunk_bytes=chunk_bytes, say=say)
         verify_from_dense(old.fingerprints, found, dense, chunk_bytes=chunk_bytes)
         carry_over_files(source.path, old.files, staging, but=_DENSE_ONLY)

@@ -1,7 +1,7 @@
 """Publishing what no job wrote: made under a staging name, renamed when complete.
 
 with staged(output) as staging:
-    need_space(staging, size, ...)
+    need_space(staging, size, ..., output=output)
     ...                                   # write tensors/ into it
     carry_over_files(source, manifest.files, staging)
     seal(staging, manifest, ...)

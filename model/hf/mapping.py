@@ -120,7 +120,8 @@ class Family:
         self._refuse(config)
         values: dict[str, Any] = {f.name: f.default for f in fields(ModelConfig) if f.name not in _NOT_ARCHITECTURE}
         hints = get_type_hints(ModelConfig) | {"vocab_size": int}
-        for name, f in (self.fields | ({} if self.experts is None else {"num_experts": self.experts})).items():
+        experts = {} if self.experts is None else {"num_experts": self.experts}
+        for name, f in {**self.fields, **experts}.items():
             values[name] = f.of(config)
             _require_form(f.keys[0], values[name], get_args(hints[name]) or (hints[name],))
         values |= {"num_experts": 0 if self.experts is None else values["num_experts"]} | dict(self.fixed)

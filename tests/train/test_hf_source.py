@@ -181,6 +181,22 @@ def test_an_export_in_a_type_too_small_is_refused(published: Path, noise: dict[s
     assert hf_command.main(["export", str(made), "--output", output]) == 0
 
 
+def test_a_full_disk_is_told_before_anything_is_written(
+    published: Path, noise: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """By the size of what is written: an import of bf16 in fp32 takes twice what is read."""
+    from train import hf_command
+
+    source = published / "qwen3_moe-sparse"
+    usage = shutil.disk_usage(tmp_path)._replace(free=int((source / SINGLE).stat().st_size * 1.5))
+    monkeypatch.setattr("train.checkpoint.shutil.disk_usage", lambda folder: usage)
+    words = ["import", str(source), "--output", str(tmp_path / "made"), "--precision"]
+    assert hf_command.main([*words, "fp32"]) == CheckpointError.exit_code
+    assert f"--output {tmp_path / 'made'}: the checkpoint needs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert hf_command.main([*words, "bf16", "--vocab-multiple", "1"]) == 0
+
+
 def test_a_corpus_of_other_tokens_is_refused(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
     from train.corpus import CorpusRequest, build_corpus
     from train.hf_start import check_tokenizer
