@@ -15,7 +15,6 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -221,18 +220,11 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
             for layer in block.layer_specs:
                 _normalise_all_heads(layer)
         return block
-    if config.num_moe_experts:
-        block = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=model.normalization, vp_stage=vp_stage
-        )
-    else:
-        block = get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_norm,
-            multi_latent_attention=model.attention == "mla",
-            normalization=model.normalization,
-        )
-    layers = block.layer_specs if hasattr(block, "layer_specs") else [block]
-    for layer in {id(spec): spec for spec in layers}.values():
+    # Of the whole block for a dense model too: the final norm of a bare layer's spec cannot split sequences.
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=model.normalization, vp_stage=vp_stage
+    )
+    for layer in {id(spec): spec for spec in block.layer_specs}.values():
         parts = layer_submodules(layer)
         if is_moe_layer(layer):
             # Under Transformer Engine's specs the norm before an MoE layer is a module of its own, not part of a linear
@@ -252,8 +244,7 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
             attention.core_attention = LatentDotProductAttention
         if kind == "grouped" and is_moe_layer(layer):
             use_experts(layer, GroupedExperts)
-    if hasattr(block, "layer_norm"):
-        block.layer_norm = CoppiceNorm
+    block.layer_norm = CoppiceNorm
     return block
 
 

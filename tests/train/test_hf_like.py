@@ -10,7 +10,7 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from tests.distributed import run_distributed
 from tests.model.published import judge
-from tests.train.trainer import small_corpus, train_here
+from tests.train.trainer import metrics, small_corpus, train_here
 
 _RUN = [
     "data.sequence_length=32", "data.micro_batch_size=2", "data.global_batch_size=4", "run.steps=2", "checkpoint=ends",
@@ -149,3 +149,15 @@ def test_a_folder_that_computes_something_else_is_refused(stories: dict[str, Any
     assert stories["unnamed"] == ConfigError.exit_code
     assert stories["of a dense family"] == stories["of another width"] == CheckpointError.exit_code
     assert not any((stories["folder"] / name).exists() for name in ("none", "dense.export", "wide.export"))
+
+
+def test_a_dense_model_on_tensor_ranks_has_the_loss_of_one(stories: dict[str, Any], tmp_path: Path) -> None:
+    run = [w for w in _RUN if not w.startswith("model.")]
+    run += [f"data.corpus={stories['folder'] / 'corpus'}", f"model.init_from=hf:{stories['folder'] / 'llama'}"]
+    losses = []
+    for ranks in (1, 2):
+        words = [*run, f"run.dir={tmp_path / str(ranks)}", f"parallel.tensor={ranks}"]
+        run_distributed(train_here, ranks, words)
+        losses.append([line["lm_loss"] for line in metrics(tmp_path / str(ranks)).values()])
+    # fp32 keeps 24 bits; sums in another order.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
