@@ -103,7 +103,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)  # 'torch.FloatTensor' -> 'torch.cuda.FloatTensor'
+            # 'torch.FloatTensor' -> 'torch.cuda.FloatTensor', once also where this mode was entered twice.
+            return "torch.cuda." + func(*args).removeprefix("torch.").removeprefix("cuda.")
         return func(*args, **(kwargs or {}))
 
 
@@ -145,10 +146,23 @@ def _uneven_gather(original: Callable[..., torch.Tensor]) -> Callable[..., torch
     return gather
 
 
+def _recomputes_here(original: Any) -> Any:
+    """mcore's recomputation with the redirection of devices: torch leaves modes out of `torch.autograd.backward`."""
+
+    class CheckpointFunction(original):  # type: ignore[misc]
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            with _CudaMeansCpu():
+                return original.backward(ctx, *gradients)
+
+    return CheckpointFunction
+
+
 # (module, name) -> function from the original to its replacement. Checked at installation.
 _MEGATRON: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"): lambda original: _get_rng_state,
     ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"): lambda original: _set_rng_state,
+    ("megatron.core.tensor_parallel.random", "CheckpointFunction"): _recomputes_here,
     ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"): lambda original: _splits_to_host,
     ("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim"): _uneven_gather,
 }

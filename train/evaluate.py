@@ -90,10 +90,18 @@ def _batches(text: str | None) -> int | None:
     return int(text)
 
 
-def _refuse_unwritable(path: Path | None) -> None:
+def _refuse_unwritable(arguments: argparse.Namespace) -> None:
     """Refuse an output that cannot be, before the work is done."""
+    path, cache = arguments.json, arguments.cache
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise DataError(f"--json {path} cannot be written: name a file in a folder that exists")
+    try:
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"--cache {cache} cannot be made ({e.strerror}): name a folder that can be written") from None
+    if cache is not None and not os.access(cache, os.W_OK):
+        raise DataError(f"--cache {cache} cannot be written: name a folder that can be")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -137,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if "=" not in word:
             raise ConfigError(f"{word} is no KEY=VALUE: name one checkpoint or run, then settings")
     entries, batches = _entries(arguments), _batches(arguments.batches)
-    _refuse_unwritable(arguments.json)
+    _refuse_unwritable(arguments)
     # Before anything else of mcore is imported: it warns at import of what is not installed.
     from parallel.compat import prepare_megatron
 

@@ -195,6 +195,7 @@ def test_sets_that_cannot_be_opened_are_refused_before_any_process_group(
         ([str(ran), *data, "parallel.expert=2"], 2, "parallel.expert"),
         ([str(ran), *data, "parallel.experts=2"], 2, "parallel.experts"),
         ([str(ran), *data, "--json", str(tmp_path / "no" / "file")], 3, "--json"),
+        ([str(ran), *data, "--cache", str(text)], 3, "--cache"),
     ]:
         capsys.readouterr()
         assert main(words) == code, words
