@@ -113,6 +113,7 @@ def test_streams_do_not_begin_again(corpus: Path, tmp_path: Path) -> None:
     assert len({state["rank-00000.pt"] for state in states["live"]}) == 3
 
 
+@pytest.mark.slow
 def test_a_stage_with_the_first_layout_again_resumes(corpus: Path, tmp_path: Path) -> None:
     """EP 2 -> 4 -> 2, nothing saved at the changes: the next save is of the new stage, and is resumed in its layout."""
     base = [*SMALL, "run.steps=4", "parallel.expert=2", "model.dropout=0.1", "upcycle.save_before=false",

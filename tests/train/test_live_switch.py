@@ -35,14 +35,14 @@ _CASES: dict[str, tuple[int, list[str], str, list[str]]] = {
     "ep2-to-4-greedy-chunks": (4, ["parallel.expert=2"], _TWICE + ", parallel: {expert: 4}", ["upcycle.transfer_chunk_mib=1"]),
     "layout-only-ep2-to-4": (4, ["parallel.expert=2"], "parallel: {expert: 4}", []),
     "tp2-to-1": (2, ["parallel.tensor=2", "parallel.expert=2"], _TWICE + ", parallel: {tensor: 1}", []),
+}  # fmt: skip
+_SLOW: dict[str, tuple[int, list[str], str, list[str]]] = {
     "shared-tied-interleaved": (
         2,
         ["parallel.expert=2"],
         _TWICE,
         ["model.layers=4", "model.moe_period=2", "model.tie_embeddings=true", "model.shared_expert_ffn_hidden_size=32"],
     ),
-}  # fmt: skip
-_SLOW: dict[str, tuple[int, list[str], str, list[str]]] = {
     "sequential-biases": (
         2,
         ["parallel.expert=2"],

@@ -307,7 +307,10 @@ def _check_rules(overrides: Sequence[str], rules: Sequence[OptimizerRule]) -> li
         pytest.param(
             ["model.experts=sequential", "run.precision=fp32", "optimizer.distributed=false"], marks=pytest.mark.slow
         ),
-        ["model.experts=grouped", "run.precision=bf16", "optimizer.distributed=false", "parallel.expert=2"],
+        pytest.param(
+            ["model.experts=grouped", "run.precision=bf16", "optimizer.distributed=false", "parallel.expert=2"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["model.experts=grouped", "run.precision=bf16", "parallel.tensor=2", "parallel.expert_tensor=2"],
             marks=pytest.mark.slow,
