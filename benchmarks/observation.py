@@ -15,9 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,23 +56,15 @@ class Account:
 
 def rank_main(model: str, pairs: int) -> None:
     """Time both sides on this rank; rank 0 prints one JSON line."""
-    from parallel.compat import prepare_megatron, versions
+    from step_overhead import open_run
 
-    prepare_megatron()
-    from parallel.layout import Layout, join_job, leave_job
+    run = open_run(model)
+    from parallel.compat import versions
+    from parallel.layout import leave_job
     from train import run as run_module
-    from train.data import open_corpora
-    from train.settings import load_settings
     from train.step_clock import StepClock
 
-    processes = int(os.environ["WORLD_SIZE"])
-    settings = load_settings([
-        "experiment=demo", f"model={model}", f"parallel.expert={processes}", "upcycle.stages=[]", "run.steps=100000",
-        "schedule.decay_steps=1", f"run.dir={os.environ['COPPICE_BENCH_DIR']}", "evaluation.batches=1",
-    ])  # fmt: skip
-    joined = join_job(600)
-    run = run_module.Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
-    block, account = settings.run.log_interval_steps, Account()
+    block, account = run.settings.run.log_interval_steps, Account()
     observer = run._observe()
     layers = [part.layer for part in run.stage.moe_parts()]
     record: Any = account.timed(run_module.record_step)
@@ -126,15 +115,15 @@ def rank_main(model: str, pairs: int) -> None:
             "cpu_share_inside": statistics.median(cpu_shares),
             "ratio": statistics.median(ratios), "ratios": ratios,
             "seconds": {side: statistics.median(times) for side, times in times_of.items()},
-            "processes": processes, "model": model, "block": block, "versions": versions(),
+            "processes": run.layout.world_size, "model": model, "block": block, "versions": versions(),
         }), flush=True)  # fmt: skip
     run.close()
-    leave_job(joined)
+    leave_job(True)
 
 
 def main() -> None:
     """Start the ranks and write the result with the machine named."""
-    from step_overhead import machine
+    from step_overhead import launch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
@@ -144,18 +133,7 @@ def main() -> None:
     if "RANK" in os.environ:
         rank_main(arguments.model, arguments.pairs)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes),
-             __file__, *sys.argv[1:]],
-            env={"OMP_NUM_THREADS": "1", **os.environ, "COPPICE_BENCH_DIR": f"{folder}/run"},
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result = json.loads(line.removeprefix("RESULT "))
-    result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "command": "python " + " ".join(sys.argv)}
-    _RESULT.parent.mkdir(exist_ok=True)
-    _RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    result = launch(__file__, arguments.processes, _RESULT)
     quartiles = statistics.quantiles(result["ratios"], n=4)
     ratio = f"{result['ratio']:.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, {arguments.pairs} pairs)"
     print(

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,16 @@ def bare_steps(stage: Any, layout: Any, batches: list[list[dict[str, Any]]]) -> 
         torch.stack([r["loss"] for r in results]).mean().item()
 
 
-def rank_main(model: str, pairs: int, block: int) -> None:
-    """Time both loops on this rank; rank 0 prints one JSON line."""
-    from parallel.compat import prepare_megatron, versions
+def open_run(model: str) -> Any:
+    """The demo's run without an expansion and without an end, open on the ranks of this job.
+
+    Args:
+        model: preset.
+    """
+    from parallel.compat import prepare_megatron
 
     prepare_megatron()
-    from parallel.layout import Layout, join_job, leave_job
+    from parallel.layout import Layout, join_job
     from train.data import open_corpora
     from train.run import Run
     from train.settings import load_settings
@@ -69,15 +74,26 @@ def rank_main(model: str, pairs: int, block: int) -> None:
         "experiment=demo", f"model={model}", f"parallel.expert={processes}", "upcycle.stages=[]", "run.steps=100000",
         "schedule.decay_steps=1", f"run.dir={os.environ['COPPICE_BENCH_DIR']}", "evaluation.batches=1",
     ])  # fmt: skip
-    joined = join_job(600)
-    run = Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
-    batches = [run.data.peek(i * settings.data.global_batch_size) for i in range(block)]
-    ratios, bare_seconds, ours_seconds = [], [], []
+    join_job(600)
+    return Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
+
+
+def paired_seconds(run: Any, pairs: int, block: int, settle: Callable[[], None]) -> list[dict[str, float]]:
+    """Seconds of a step of both loops, "ours" and "bare", pair by pair; one more pair comes first and warms up.
+
+    Args:
+        run: open.
+        pairs: how many.
+        block: steps that are timed together.
+        settle: waits until all that was begun is done.
+    """
+    batches = [run.data.peek(i * run.settings.data.global_batch_size) for i in range(block)]
+    found = []
     for pair in range(pairs + 1):
         times = {}
         # The order alternates, so that neither side is always the first.
         for side in ("bare", "ours") if pair % 2 else ("ours", "bare"):
-            run.layout.barrier()
+            settle()
             began = time.perf_counter()
             if side == "bare":
                 # Counting expert load is part of our loop's cost.
@@ -87,21 +103,29 @@ def rank_main(model: str, pairs: int, block: int) -> None:
             else:
                 for _ in range(block):
                     run._one_step()
-            run.layout.barrier()
+            settle()
             times[side] = (time.perf_counter() - began) / block
-        # The first pair warms up.
-        if pair:
-            ratios.append(times["ours"] / times["bare"])
-            bare_seconds.append(times["bare"])
-            ours_seconds.append(times["ours"])
+        found.append(times)
+    return found[1:]
+
+
+def rank_main(model: str, pairs: int, block: int) -> None:
+    """Time both loops on this rank; rank 0 prints one JSON line."""
+    from parallel.compat import versions
+    from parallel.layout import leave_job
+
+    run = open_run(model)
+    found = paired_seconds(run, pairs, block, run.layout.barrier)
+    ratios = [times["ours"] / times["bare"] for times in found]
+    bare_seconds, ours_seconds = ([times[side] for times in found] for side in ("bare", "ours"))
     if run.layout.rank == 0:
         print("RESULT " + json.dumps({
             "ratio": statistics.median(ratios), "ratios": ratios, "bare_seconds": statistics.median(bare_seconds),
-            "ours_seconds": statistics.median(ours_seconds), "processes": processes, "model": model, "block": block,
-            "versions": versions(),
+            "ours_seconds": statistics.median(ours_seconds), "processes": run.layout.world_size, "model": model,
+            "block": block, "versions": versions(),
         }), flush=True)  # fmt: skip
     run.close()
-    leave_job(joined)
+    leave_job(True)
 
 
 def main() -> None:
@@ -115,21 +139,33 @@ def main() -> None:
     if "RANK" in os.environ:
         rank_main(arguments.model, arguments.pairs, arguments.block)
         return
+    result = launch(__file__, arguments.processes, _RESULT)
+    print(f"ours {result['ours_seconds'] * 1e3:.1f} ms, bare {result['bare_seconds'] * 1e3:.1f} ms a step: ratio "
+          f"{result['ratio']:.3f} (median of {arguments.pairs} pairs, {min(result['ratios']):.3f} to "
+          f"{max(result['ratios']):.3f}); {result['machine']}")  # fmt: skip
+
+
+def launch(script: str, processes: int, target: Path) -> dict[str, Any]:
+    """Run a benchmark's ranks with this command line, and write what rank 0 found, with machine, date and command.
+
+    Args:
+        script: the benchmark; under torchrun it prints a line `RESULT JSON`.
+        processes: how many.
+        target: the file.
+    """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes),
-             __file__, *sys.argv[1:]],
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script,
+             *sys.argv[1:]],
             env={"OMP_NUM_THREADS": "1", **os.environ, "COPPICE_BENCH_DIR": f"{folder}/run"},
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result = json.loads(line.removeprefix("RESULT "))
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
     result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "command": "python " + " ".join(sys.argv)}
-    _RESULT.parent.mkdir(exist_ok=True)
-    _RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"ours {result['ours_seconds'] * 1e3:.1f} ms, bare {result['bare_seconds'] * 1e3:.1f} ms a step: ratio "
-          f"{result['ratio']:.3f} (median of {arguments.pairs} pairs, {min(result['ratios']):.3f} to "
-          f"{max(result['ratios']):.3f}); {result['machine']}")  # fmt: skip
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def machine() -> str:

@@ -4,6 +4,9 @@ Every error a user can cause is a `CoppiceError`. Entry points print `error: <me
 and exit with `exit_code` on every rank. Anything else is a defect of ours and keeps its traceback.
 """
 
+import os
+import sys
+
 
 class CoppiceError(Exception):
     """Base of all errors that tell a user what to change."""
@@ -11,6 +14,12 @@ class CoppiceError(Exception):
     exit_code = 1
     # Whether this process prints the error; None leaves it to rank 0, which is right where every rank fails alike.
     speaks: bool | None = None
+
+    def tell(self) -> int:
+        """Print the error, if this process is the one to print it, and give the exit code."""
+        if self.speaks or (self.speaks is None and os.environ.get("RANK", "0") == "0"):
+            print(f"error: {self}", file=sys.stderr, flush=True)
+        return self.exit_code
 
 
 class ConfigError(CoppiceError):

@@ -176,9 +176,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except CoppiceError as e:
-        if e.speaks or (e.speaks is None and os.environ.get("RANK", "0") == "0"):
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        return e.exit_code
+        return e.tell()
     return 0
 
 

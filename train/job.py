@@ -80,13 +80,16 @@ def run_settings(settings: RunSettings) -> str:
 def _report(run_dir: Path) -> None:
     """Draw the report and print one screen of results; a report that cannot be drawn does not undo a finished run."""
     # Here and not above: the drawing library takes a second, and only rank 0 draws.
-    from train.report import summary_lines, write_report
+    from train.report import write_report
+    from train.report_data import load_run
+    from train.report_text import summary_lines
 
     began = time.perf_counter()
     print()
     try:
-        write_report(run_dir)
-        for line in summary_lines(run_dir):
+        record = load_run(run_dir)
+        write_report(record)
+        for line in summary_lines(record):
             print(line)
     except Exception as e:
         # Whatever it is, the run is finished and its files are whole.

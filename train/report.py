@@ -22,11 +22,11 @@ from train.report_html import page
 from train.report_text import summary_lines as record_lines
 
 
-def write_report(run_dir: Path, output: Path | None = None) -> Path:
+def write_report(run: Path | RunRecord, output: Path | None = None) -> Path:
     """Write the page, and its figures as PNG into the folder named like the page.
 
     Args:
-        run_dir: directory of a run, finished or not.
+        run: directory of a run, finished or not; or what was read from it, which is half of the work for a long run.
         output: where to write the page; RUN_DIR/report.html by default, with figures in RUN_DIR/report/.
 
     Returns:
@@ -35,10 +35,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     Raises:
         DataError: no such run, no step yet, a broken line in its files, or the page cannot be written.
     """
-    return _write(load_run(Path(run_dir)), output)
-
-
-def _write(record: RunRecord, output: Path | None) -> Path:
+    record = run if isinstance(run, RunRecord) else load_run(Path(run))
     target = Path(output) if output is not None else record.files.report
     refuse_bad_target(target)
     figures = draw_all(record)
@@ -82,9 +79,8 @@ def _report(arguments: list[str]) -> list[str]:
         help="write the page here instead of RUN_DIR/report.html; figures go to the folder of the same name",
     )
     options = parser.parse_args(arguments)
-    # Read once: that is half of the work for a long run.
     record = load_run(options.run_dir)
-    target = _write(record, options.output)
+    target = write_report(record, options.output)
     return [*record_lines(record), f"written: {target}"]
 
 

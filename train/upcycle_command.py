@@ -366,7 +366,5 @@ def main(words: Sequence[str] | None = None) -> int:
             prepare_megatron()
         commands[arguments.command](arguments)
     except CoppiceError as e:
-        if e.speaks or (e.speaks is None and _rank() == 0):
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        return e.exit_code
+        return e.tell()
     return 0

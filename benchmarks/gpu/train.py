@@ -3,7 +3,6 @@
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from parallel.compat import have_transformer_engine, prepare_megatron
 
 prepare_megatron()
 
-from benchmarks.step_overhead import bare_steps  # noqa: E402
+from benchmarks.step_overhead import paired_seconds  # noqa: E402
 from parallel.devices import device_peak  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 from train.data import open_corpora  # noqa: E402
@@ -85,25 +84,10 @@ def _measured(
     settings = _settings(overrides, kind, prefix, run_dir)
     run = Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
     block, pairs = (1, 1) if small else (4, 4)
-    batches = [run.data.peek(i * settings.data.global_batch_size) for i in range(block)]
-    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    for pair in range(pairs + 1):
-        for side in ("bare", "ours") if pair % 2 else ("ours", "bare"):
-            synchronize()
-            began = time.perf_counter()
-            if side == "bare":
-                run.stage.load.remove()
-                bare_steps(run.stage, run.layout, batches)
-                run.stage.load.attach()
-            else:
-                for _ in range(block):
-                    run._one_step()
-            synchronize()
-            if pair:
-                seconds[side].append((time.perf_counter() - began) / block)
-    ours, bare = (statistics.median(seconds[side]) for side in ("ours", "bare"))
+    found = paired_seconds(run, pairs, block, synchronize)
+    ours, bare = (statistics.median(times[side] for times in found) for side in ("ours", "bare"))
     observer = run._observe()
     rate = observer.step_flops / ours / 1e12
     parameters = sum(p.numel() for chunk in run.stage.chunks for p in chunk.parameters())
