@@ -27,6 +27,12 @@ def one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{key}={value} is unknown: use one of {', '.join(choices)}")
 
 
+def toggle(key: str, value: bool | str) -> None:
+    """Refuse what is neither auto nor true nor false."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ConfigError(f"{key}={value} is unknown: use one of auto, true, false")
+
+
 def positive(key: str, value: int | float | None, *, zero: bool = False) -> None:
     """Refuse a size that is negative, or zero where zero has no meaning. None passes."""
     if value is None or value > 0 or (zero and value == 0):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from model.config import ModelConfig, divides, one_of, positive
 from model.fp8 import check_sizes
+from model.performance import PerformanceConfig
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from train.data_config import DataConfig
@@ -292,6 +293,7 @@ class RunSettings:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
