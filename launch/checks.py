@@ -22,6 +22,7 @@ from launch.plan import vocabulary
 from launch.plan_tables import size
 from model.network import count, network_chunks
 from parallel.errors import CoppiceError, DataError
+from parallel.transformer_engine import version_problem
 from train.config import RunSettings
 
 STATES = ("ok", "warning", "problem")
@@ -85,7 +86,9 @@ def check_versions(found: Mapping[str, str], has_gpu: bool) -> list[Check]:
         told = ", ".join(f"{package} {found[package]}" for package in ("python", "torch", "megatron-core"))
         checks.append(Check("versions", "ok", told))
     if "transformer-engine" in found:
-        checks.append(Check("transformer engine", "ok", found["transformer-engine"]))
+        problem = version_problem(found["transformer-engine"]) if has_gpu else None
+        state = "problem" if problem else "ok"
+        checks.append(Check("transformer engine", state, problem or found["transformer-engine"]))
     else:
         text = "absent: attention keeps its scores, no context parallelism, no FP8 (docs/gpu.md)"
         checks.append(Check("transformer engine", "warning" if has_gpu else "ok", text if has_gpu else "absent"))

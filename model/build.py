@@ -25,7 +25,6 @@ from model.experts import GroupedExperts
 from model.fp8 import check_device, mcore_fields
 from model.norm import AllKeysNorm, AllQueriesNorm, CoppiceNorm
 from parallel.compat import (
-    have_transformer_engine,
     is_moe_layer,
     layer_submodules,
     make_transformer_config,
@@ -34,6 +33,7 @@ from parallel.compat import (
 )
 from parallel.errors import ConfigError
 from parallel.layout import Layout
+from parallel.transformer_engine import have_transformer_engine
 
 _ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "swiglu": (F.silu, True),

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from parallel.cpu_runtime import install_cpu_runtime
 from parallel.errors import CheckpointError, ConfigError
 from parallel.safe_pickle import IndexReader, load_plain, read_index, unreadable
+from parallel.transformer_engine import refuse_unusable
 
 Config = TypeVar("Config")
 
@@ -52,11 +53,6 @@ OPTIMIZER_METADATA: MappingProxyType[str, Any] = MappingProxyType(
 _COMMON = "common_state"
 
 
-def have_transformer_engine() -> bool:
-    """Whether NVIDIA Transformer Engine can be imported."""
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def versions() -> dict[str, str]:
     """Versions that decide how a run behaves, for the run's records; an absent package is left out."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
@@ -74,10 +70,14 @@ def prepare_megatron() -> None:
     """Makes mcore usable in this process: CPU runtime where there is no CUDA, an upstream bug bridged, less noise.
 
     Raises:
-        LaunchError: this mcore version cannot run on CPU (see `install_cpu_runtime`).
+        LaunchError: this mcore version cannot run on CPU (see `install_cpu_runtime`), or on GPUs a Transformer Engine is
+            installed that cannot be used (`refuse_unusable`).
     """
     quiet_megatron()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        # Before mcore's own import, which takes an ImportError for absence and lets other errors through.
+        refuse_unusable()
+    else:
         install_cpu_runtime()
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.rows import corpus, row, synchronize
-from parallel.compat import have_transformer_engine, prepare_megatron
+from parallel.compat import prepare_megatron
+from parallel.transformer_engine import have_transformer_engine
 
 prepare_megatron()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.document_attention import document_mask, end_to_end
-from parallel.compat import have_transformer_engine
+from parallel.transformer_engine import have_transformer_engine
 from tests.distributed import run_distributed
 
 # Lengths of documents in two samples of 32 tokens; one has a single token, one sample is a single document.

@@ -13,7 +13,6 @@ from parallel.compat import (
     OPTIMIZER_METADATA,
     checkpoint_tensors,
     forget_models,
-    have_transformer_engine,
     layer_submodules,
     load_sharded,
     make_transformer_config,
@@ -23,6 +22,7 @@ from parallel.compat import (
 )
 from parallel.errors import CheckpointError, ConfigError
 from parallel.sharded_save import save_sharded
+from parallel.transformer_engine import have_transformer_engine
 from tests.distributed import run_distributed
 from tests.parallel.tiny_gpt import (
     EXPERTS,

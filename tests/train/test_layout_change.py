@@ -253,7 +253,7 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(entries: list[str], more
 
 def test_what_mcore_refuses_is_known_before_the_run_begins(corpus: Path, tmp_path: Path) -> None:
     """Context parallelism needs Transformer Engine: said at the start, not by the switch hours later."""
-    from parallel.compat import have_transformer_engine
+    from parallel.transformer_engine import have_transformer_engine
 
     if have_transformer_engine():
         pytest.skip("Transformer Engine makes this layout possible")
