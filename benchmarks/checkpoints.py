@@ -30,7 +30,7 @@ _BLOCK = 1 << 24
 
 def _disk(folder: Path, size: int) -> dict[str, float]:
     """Seconds to write, read back and digest `size` bytes in plain files."""
-    from train.checkpoint_files import digest
+    from train.checkpoint.files import digest
 
     path, block = folder / "plain", os.urandom(_BLOCK)
     began = time.perf_counter()
@@ -56,8 +56,8 @@ def rank_main(rounds: int, hidden: int) -> None:
 
     prepare_megatron()
     from parallel.layout import Layout, join_job, leave_job
-    from train.checkpoint import folder_bytes, read_manifest
-    from train.data import open_corpora
+    from train.checkpoint.folder import folder_bytes, read_manifest
+    from train.data.stream import open_corpora
     from train.run import Run
     from train.settings import load_settings
     from train.start import examine

@@ -36,7 +36,7 @@ _VOCABULARY = 32_000
 
 def write_text(path: Path, size_bytes: int) -> int:
     """Writes JSONL of about that much text; gives the bytes of text in it."""
-    from train.sources import find_sources
+    from train.corpus.sources import find_sources
 
     texts = [source.path.read_text(encoding="utf-8") for source in find_sources(["stdlib"], [])[0]]
     draw = random.Random(0)
@@ -58,7 +58,7 @@ def write_text(path: Path, size_bytes: int) -> int:
 
 def make_tokenizer(folder: Path, text: Path) -> None:
     """A folder as Hugging Face's libraries know it."""
-    from train.tokenizers import BPE_END_OF_DOCUMENT, train_bpe
+    from train.data.tokenizers import BPE_END_OF_DOCUMENT, train_bpe
 
     folder.mkdir()
     with text.open() as stream:

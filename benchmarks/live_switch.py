@@ -79,7 +79,7 @@ def rank_main(options: argparse.Namespace, mode: str, folder: Path) -> None:
 
     prepare_megatron()
     from parallel.layout import Layout, join_job, leave_job
-    from train.data import open_corpora
+    from train.data.stream import open_corpora
     from train.evaluation import evaluate
     from train.expansion import expand
     from train.run import Run
@@ -144,7 +144,7 @@ def _launch(options: argparse.Namespace, mode: str, folder: Path) -> dict[str, A
 
 
 def _corpus(folder: Path) -> None:
-    from train.corpus import CorpusRequest, build_corpus
+    from train.corpus.build import CorpusRequest, build_corpus
 
     root = Path(__file__).resolve().parents[1]
     request = CorpusRequest(inputs=(str(root / "train"), str(root / "model")), output=str(folder / "corpus"),

@@ -65,7 +65,7 @@ def open_run(model: str) -> Any:
 
     prepare_megatron()
     from parallel.layout import Layout, join_job
-    from train.data import open_corpora
+    from train.data.stream import open_corpora
     from train.run import Run
     from train.settings import load_settings
 

@@ -171,7 +171,7 @@ def check_gpus(gpus: Gpus, local_processes: int | None) -> list[Check]:
 
 def check_corpus(settings: RunSettings) -> list[Check]:
     """Corpora and validation sets that a run could open, and their tokenizer."""
-    from train.data import open_corpora
+    from train.data.stream import open_corpora
     from train.evaluation import open_sets
 
     corpora = open_corpora(settings.data)

@@ -110,7 +110,7 @@ def vocabulary(settings: RunSettings, given: int | None) -> tuple[int, str]:
     if given is not None:
         return given, "--vocab-size"
     # Here, because it imports the tokenizers.
-    from train.manifest import load_manifest
+    from train.data.manifest import load_manifest
 
     try:
         manifest = load_manifest(settings.data.corpora()[0].prefix)
@@ -140,7 +140,7 @@ def data_table(settings: RunSettings, needed: bool) -> list[dict[str, Any]] | No
     from parallel.compat import quiet_megatron
 
     quiet_megatron()
-    from train.data import planned_table
+    from train.data.stream import planned_table
 
     return planned_table(settings)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from train.blends import table_lines
+from train.data.blends import table_lines
 
 _KINDS = ("weights", "gradients", "masters", "moments", "activations", "total")
 _WIDTH = 100

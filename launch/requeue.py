@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CoppiceError, DataError, LaunchError
-from train.checkpoint_files import MARKER, place_of
+from train.checkpoint.files import MARKER, place_of
 from train.run_files import STOP_FILE, write_json
 from train.status import read_status
 

@@ -2,8 +2,8 @@
 
 mcore's `fully_reshardable` optimizer format stores each master and moment under the key and shape of its parameter, so
 one description of keys serves weights and optimizer state alike. Everything that is not a tensor (Adam's step, schedule,
-positions) travels in the checkpoint's manifest (`train/checkpoint.py`), because mcore's own plain part differs between
-EP=1 and EP>1 and between mcore versions.
+positions) travels in the checkpoint's manifest (`train/checkpoint/folder.py`), because mcore's own plain part differs
+between EP=1 and EP>1 and between mcore versions.
 """
 
 import dataclasses

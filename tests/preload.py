@@ -38,8 +38,8 @@ if not torch.cuda.is_available():
     disable_compile()  # read when mcore is imported
 quiet_megatron()
 for package in _PACKAGES:
-    found = pkgutil.iter_modules([str(Path(__file__).parents[1] / package)])
-    _MODULES += tuple(f"{package}.{module.name}" for module in found if module.name != "__main__")
+    found = pkgutil.walk_packages([str(Path(__file__).parents[1] / package)], f"{package}.")
+    _MODULES += tuple(module.name for module in found if not module.name.endswith("__main__"))
 for name in _MODULES:
     with contextlib.suppress(Exception):  # the child that needs it raises again, where a test sees it
         importlib.import_module(name)

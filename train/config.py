@@ -14,7 +14,7 @@ from model.fp8 import check_sizes
 from model.performance import PerformanceConfig
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
-from train.data_config import DataConfig
+from train.data.config import DataConfig
 from train.profile_config import ProfileConfig
 from upcycle.config import UpcycleConfig
 from upcycle.course import Course

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.checkpoint import Manifest, belongs_to
+from train.checkpoint.folder import Manifest, belongs_to
 from train.guard import RETURNED, held_from
 from train.requests import repeated_requests
 from upcycle.course import Past, plan_course

@@ -16,7 +16,7 @@ from train.config import EvaluationSet, check_set_name
 
 if TYPE_CHECKING:
     from train.evaluation import Figures
-    from train.offline_evaluation import Task
+    from train.offline.evaluation import Task
 
 _ABOUT = """\
 Evaluate a checkpoint, or the newest one of a run, on validation sets.
@@ -150,7 +150,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from parallel.compat import prepare_megatron
 
     prepare_megatron()
-    from train.offline_evaluation import evaluate_checkpoint, prepare
+    from train.offline.evaluation import evaluate_checkpoint, prepare
     from train.run_files import encode_line, write_json
 
     task = prepare(arguments.source, arguments.overrides, entries, batches, every=arguments.batches == "all")

@@ -26,14 +26,14 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from model.divergence import Siblings
 from parallel.errors import DataError
 from parallel.layout import Layout
-from train.batches import Batch, dataset_config, micro_batches, read_batch
 from train.config import BLEND_SET, EvaluationConfig, EvaluationSet
-from train.data import refuse_without_ends
-from train.data_config import CorpusWeight, DataConfig
-from train.manifest import CorpusManifest, load_manifest
+from train.data.batches import Batch, dataset_config, micro_batches, read_batch
+from train.data.config import CorpusWeight, DataConfig
+from train.data.manifest import CorpusManifest, load_manifest
+from train.data.stream import refuse_without_ends
+from train.data.tokenizers import Tokenizer
 from train.stage import Network
 from train.step import run_micro_batches
-from train.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -78,7 +78,7 @@ def open_sets(
     Args:
         config: the `evaluation` group.
         data: the `data` group.
-        corpora: what `train.data.open_corpora` returned.
+        corpora: what `train.data.stream.open_corpora` returned.
 
     Raises:
         DataError: if the corpus of a set is missing, too short, or of another tokenizer than the run's.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import DataError, ExpansionError
-from train.checkpoint import read_manifest
+from train.checkpoint.folder import read_manifest
 from train.health import go_back
 from train.requests import undo_requests
 from train.run_files import write_json

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import CoppiceError, DataError
-from train.checkpoint import Manifest, list_checkpoints, read_manifest, step_of
+from train.checkpoint.folder import Manifest, list_checkpoints, read_manifest, step_of
 from train.config import HealthConfig
 from train.run_files import write_json
 from train.stage import build_stage

@@ -9,9 +9,9 @@ from parallel.devices import out_of_memory
 from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
-from train.data import open_corpora
+from train.data.stream import open_corpora
 from train.evaluation import open_sets
-from train.hf_start import check_published
+from train.hf.start import check_published
 from train.run import Run
 from train.signals import StopRequest
 from train.status import tell_failed_start, tell_failure
@@ -81,8 +81,8 @@ def _report(run_dir: Path) -> None:
     """Draw the report and print one screen of results; a report that cannot be drawn does not undo a finished run."""
     # Here and not above: the drawing library takes a second, and only rank 0 draws.
     from train.report import write_report
-    from train.report_data import load_run
-    from train.report_text import summary_lines
+    from train.report.data import load_run
+    from train.report.text import summary_lines
 
     began = time.perf_counter()
     print()

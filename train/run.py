@@ -19,26 +19,26 @@ from parallel.errors import ConfigError, CoppiceError, DataError
 from parallel.layout import Layout
 from parallel.optimizer_ages import OptimizerAges
 from train import random_state
-from train.blends import Position, refuse_used_up, stream_blends, table_lines
-from train.checkpoint import Manifest, folder_bytes
+from train.checkpoint.folder import Manifest, folder_bytes
+from train.checkpoint.persistence import Persistence
 from train.config import RunSettings
 from train.console import Console
 from train.course import follow
-from train.data import DataStream, phases_of
+from train.data.blends import Position, refuse_used_up, stream_blends, table_lines
+from train.data.sample_order import Blend, SampleOrder
+from train.data.stream import DataStream, phases_of
 from train.evaluation import Evaluated, Evaluation, evaluate, open_evaluation
 from train.expansion import expand
 from train.guard import Guard, refuse_tripped, watch
 from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
-from train.hf_start import begin
+from train.hf.start import begin
 from train.named import named
 from train.observation import Observer
-from train.persistence import Persistence
 from train.profile import Profiler
 from train.record import record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
 from train.run_lock import lock_run
-from train.sample_order import Blend, SampleOrder
 from train.settings import settings_to_dict, write_yaml
 from train.signals import Stopping, StopRequest
 from train.stage import Stage, build_stage
@@ -120,7 +120,7 @@ class Run:
         Args:
             settings: checked settings.
             layout: process groups of the first stage; a run that is resumed in a later one changes them.
-            corpora: opened corpora (`train.data.open_corpora`).
+            corpora: opened corpora (`train.data.stream.open_corpora`).
             stop: hears requests to stop.
 
         Raises:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, DataError
 from train.config import EvaluationSet, RunSettings
-from train.data_config import BlendPhase, CorpusWeight
+from train.data.config import BlendPhase, CorpusWeight
 from train.run_files import PUBLISHED
 from upcycle.stage_config import StageConfig
 
@@ -118,7 +118,7 @@ def compose_settings(overrides: list[str]) -> Any:
         from parallel.compat import quiet_megatron
 
         quiet_megatron()
-        from train.hf_start import with_architecture
+        from train.hf.start import with_architecture
 
         with_architecture(tree, overrides)
     return tree

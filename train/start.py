@@ -13,8 +13,16 @@ from model.config import ModelConfig, padded_vocab_size
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 from parallel.optimizer_ages import NEVER, OptimizerAges
-from train.checkpoint import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest, resolve, unsealed
-from train.checkpoint_files import wrong_files
+from train.checkpoint.files import wrong_files
+from train.checkpoint.folder import (
+    DamagedCheckpoint,
+    Manifest,
+    belongs_to,
+    list_checkpoints,
+    read_manifest,
+    resolve,
+    unsealed,
+)
 from train.config import RunSettings
 
 if TYPE_CHECKING:

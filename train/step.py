@@ -10,8 +10,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from model.document_attention import document_mask, end_to_end, to_device, wants_packed
 from parallel.compat import gradient_memory
 from parallel.layout import Layout
-from train.batches import Batch
-from train.data import for_this_context_rank
+from train.data.batches import Batch
+from train.data.stream import for_this_context_rank
 from train.stage import Network, Stage
 from train.step_clock import StepClock
 

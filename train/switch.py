@@ -24,7 +24,7 @@ from parallel.optimizer_ages import OptimizerAges
 from parallel.optimizer_state import get_step, has_moments, set_step
 from parallel.redistribute import Redistribution
 from train import random_state
-from train.checkpoint import Manifest, checkpoint_name, read_manifest
+from train.checkpoint.folder import Manifest, checkpoint_name, read_manifest
 from train.stage import build_stage
 from train.watchdog import Watchdog
 from upcycle.live import add_bias_noise, move_state

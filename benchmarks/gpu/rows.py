@@ -63,7 +63,7 @@ def matmul_ceiling(size: int) -> float:
 
 def corpus(folder: Path) -> Path:
     """A small corpus of this repository's own sources, byte tokens."""
-    from train.corpus import CorpusRequest, build_corpus
+    from train.corpus.build import CorpusRequest, build_corpus
 
     root = Path(__file__).resolve().parents[2]
     inputs = tuple(str(root / name) for name in ("train", "model", "docs"))

@@ -16,7 +16,7 @@ prepare_megatron()
 
 from model.fingerprint import take_fingerprints  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
-from train.data import open_corpora  # noqa: E402
+from train.data.stream import open_corpora  # noqa: E402
 from train.evaluation import evaluate  # noqa: E402
 from train.expansion import expand  # noqa: E402
 from train.run import Run  # noqa: E402

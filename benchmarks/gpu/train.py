@@ -18,7 +18,7 @@ prepare_megatron()
 from benchmarks.step_overhead import paired_seconds  # noqa: E402
 from parallel.devices import device_peak  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
-from train.data import open_corpora  # noqa: E402
+from train.data.stream import open_corpora  # noqa: E402
 from train.run import Run  # noqa: E402
 from train.settings import load_settings  # noqa: E402
 

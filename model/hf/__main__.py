@@ -5,7 +5,7 @@ An entry point stands above the packages it joins; nothing imports it.
 
 import sys
 
-from train.hf_command import main
+from train.hf.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

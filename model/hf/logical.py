@@ -3,7 +3,7 @@
 A published model and ours hold the same numbers in other arrangements: mcore interleaves queries, keys and values by query
 group, puts gate and up projections into one matrix and stacks experts. Each of our tensors is therefore a list of `Block`s,
 each of which is a block of a published tensor, unchanged. Reading and writing, at any layout, is then copying intersections
-of boxes (`read.py`, `train/hf_export.py`), and an import followed by an export gives the same bytes back.
+of boxes (`read.py`, `train/hf/exporting.py`), and an import followed by an export gives the same bytes back.
 
 What there is follows from `ModelConfig`; what it is called in a family follows from the family's names:
 

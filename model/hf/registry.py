@@ -8,7 +8,7 @@
     fill.py      fills the model of a rank
     write.py     safetensors in shards, written as a stream
 
-Imports and exports of checkpoints are in `train/hf_command.py`: `python -m model.hf`.
+Imports and exports of checkpoints are in `train/hf/command.py`: `python -m model.hf`.
 """
 
 from collections.abc import Mapping

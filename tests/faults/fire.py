@@ -163,7 +163,7 @@ def train_under_fire(overrides: list[str], run_dir: str, shot: Shot, told: str, 
 def _at_the_first(act: str, then: Callable[[], None]) -> None:
     """Call something when this process first comes to a switch or a save."""
     from train import expansion
-    from train.persistence import Persistence
+    from train.checkpoint.persistence import Persistence
 
     owner, name = {"switch": (expansion, "through_memory"), "save": (Persistence, "_begin")}[act]
     original, waiting = getattr(owner, name), [True]
@@ -180,7 +180,7 @@ def _at_the_first(act: str, then: Callable[[], None]) -> None:
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest complete checkpoint; 0 without one."""
-    from train.checkpoint import list_checkpoints, step_of
+    from train.checkpoint.folder import list_checkpoints, step_of
 
     own = list_checkpoints(run_dir)
     return step_of(own[-1]) if own else 0

@@ -16,8 +16,8 @@ import pytest
 from tests.faults.agent import run_under_agent
 from tests.faults.disks import ReadOnly, WrongClock, at_step, slow_disk
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_here
-from train.checkpoint import list_checkpoints, read_manifest
-from train.checkpoint_files import wrong_files
+from train.checkpoint.files import wrong_files
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.status import read_status
 
 
@@ -66,8 +66,8 @@ def _contents(folder: Path) -> dict[str, bytes | None]:
 
 def _train_on_a_slow_disk(overrides: list[str]) -> list[tuple[str, int, int, float, float]]:
     """A run that notes of each save in the background: its name, the steps made when it began and ended, and when."""
+    from train.checkpoint.save_task import SaveTask
     from train.run import Run
-    from train.save_task import SaveTask
 
     step, run_task, made, due, saves = Run._one_step, SaveTask.run, [0], [0], []
     slow_disk(500e3, lambda: made[0] >= due[0])
@@ -112,7 +112,7 @@ def test_a_disk_slower_than_the_saves(corpus: Path, whole: Path, tmp_path: Path)
 
 def _train_by_a_wrong_clock(overrides: list[str], hours: float, back_at: int | None, killed_at: int | None) -> str:
     """A run whose clock is off by some hours, or goes back by them after a step, and that may be killed after another."""
-    from train.checkpoint import CheckpointFolder
+    from train.checkpoint.folder import CheckpointFolder
 
     clock, publish = WrongClock(0.0 if back_at else hours), CheckpointFolder.publish
 

@@ -19,7 +19,7 @@ from parallel.errors import ConfigError, LaunchError
 from parallel.heartbeat import lost_connection
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.config import HealthConfig
 from train.signs import Blame, Sign, describe, find_culprits, look_at
 from train.status import read_status
@@ -142,13 +142,13 @@ def test_a_rank_that_hangs_in_a_step_is_named(corpus: Path, tmp_path: Path) -> N
     run_dir = tmp_path / "run"
     ended = _faulty("step", 1, tmp_path, _run(corpus, run_dir), torchrun=True)
     assert ended.codes[0] != 0 and _LIMIT <= ended.spoke < _LIMIT + _SLACK and ended.seconds[0] < _LIMIT + _SLACK
-    _assert_told(ended, run_dir, "step 2 has not got on for", r"rank 1 .* is in step 2 at train/data.py:\d+ \(train\)",
+    _assert_told(ended, run_dir, "step 2 has not got on for", r"rank 1 .* is in step 2 at train/data/stream.py:\d+ \(train\)",
                  r"rank 0 waits at train/step.py", "raise health.hang_seconds")  # fmt: skip
 
 
 _HANGS = [
     ("evaluation", 0, ["evaluation after step 3 has not got on", r"in evaluation after step 3 at train/evaluation.py:\d+ \(_mean_loss\)"]),
-    ("save", 1, ["saving after step 2 has not got on", r"in saving after step 2 at train/save_task.py:\d+ \(run\)"]),
+    ("save", 1, ["saving after step 2 has not got on", r"in saving after step 2 at train/checkpoint/save_task.py:\d+ \(run\)"]),
     ("switch", 1, [r"the switch \(move\) has not got on", r"in the switch \(move\) at train/switch.py:\d+ \(through_memory\)"]),
 ]  # fmt: skip
 

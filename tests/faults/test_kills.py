@@ -24,7 +24,7 @@ import pytest
 from tests.faults.agent import run_under_agent
 from tests.faults.fire import VICTIMS, Shot, draw_shots, newest_step, train_under_fire
 from tests.train.trainer import SMALL, metrics, small_corpus, train_here
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.status import read_status
 
 _RANKS, _STEPS, _INTERVAL = 2, 7, 2

@@ -40,7 +40,7 @@ def filled(folder: Path, layout: Layout, precision: str = "fp32", **training: An
 def loaded(checkpoint: Path, layout: Layout) -> tuple[Stage, ModelConfig]:
     """A stage with the weights of a checkpoint."""
     from model.sharded_state import load_tensors
-    from train.checkpoint import read_manifest
+    from train.checkpoint.folder import read_manifest
     from train.settings import settings_from_dict
 
     manifest = read_manifest(checkpoint)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from train.checkpoint_files import MANIFEST, MARKER, file_names
+from train.checkpoint.files import MANIFEST, MARKER, file_names
 
 Corruption = Callable[[Path, Path, random.Random], str]
 

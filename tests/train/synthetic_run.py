@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from train.report_columns import NORM_GROUPS
+from train.report.columns import NORM_GROUPS
 from train.run_files import RunFiles
 from upcycle.plan import ExpansionPlan, LayerPlan
 

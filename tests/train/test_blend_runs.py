@@ -13,11 +13,11 @@ from launch.plan_tables import as_text
 from parallel.errors import CheckpointError, ConfigError, DataError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, tensor_digests, train_here, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
-from train.corpus import CorpusRequest, build_corpus
-from train.corpus import main as corpus_command
-from train.corpus_show import show_step
-from train.data import open_corpora
+from train.checkpoint.folder import list_checkpoints, read_manifest
+from train.corpus.__main__ import main as corpus_command
+from train.corpus.build import CorpusRequest, build_corpus
+from train.corpus.show import show_step
+from train.data.stream import open_corpora
 from train.requests import leave_request
 from train.settings import compose_settings, read_yaml, to_settings
 
@@ -54,7 +54,7 @@ def _course(two: tuple[Path, Path], *, stage: int = 1, tokens: int = 5 * BATCH *
 
 def _collect(runs: list[list[str]]) -> dict[int, list[list[Any]]]:
     """Train in turn; by first sample of each global batch, the samples of this rank as they went into the model."""
-    from train.data import DataStream
+    from train.data.stream import DataStream
 
     reading, seen = DataStream.train, {}  # type: ignore[var-annotated]
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import DataError
-from train.blends import (
+from train.data.blends import (
     Phase,
     Position,
     changed,
@@ -16,8 +16,8 @@ from train.blends import (
     stream_blends,
     table_lines,
 )
+from train.data.sample_order import Blend, SampleOrder, Share, normalised
 from train.health import beyond
-from train.sample_order import Blend, SampleOrder, Share, normalised
 
 
 def _shares(**parts: tuple[float, int | None]) -> tuple[Share, ...]:

@@ -9,9 +9,9 @@ import pytest
 
 from parallel.errors import ConfigError, DataError
 from tests.train.synthetic_run import TOKENS_PER_STEP, make_run
-from train.compare_data import COMPUTE, TOKENS, Arm, Reading, compare_runs, training_at, validation_at
-from train.compare_html import comparison_page
-from train.report import main
+from train.compare.data import COMPUTE, TOKENS, Arm, Reading, compare_runs, training_at, validation_at
+from train.compare.html import comparison_page
+from train.report.__main__ import main
 
 
 @pytest.fixture(scope="module")

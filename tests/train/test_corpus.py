@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from parallel.errors import ConfigError, DataError
-from train import documents, token_files
-from train.corpus import CorpusRequest, build_corpus, main
-from train.manifest import CorpusManifest, load_manifest
-from train.sources import find_sources
-from train.splits import LEFT_OUT, VALID, assign_splits, scan
-from train.tokenizers import train_bpe
+from train.corpus import documents, token_files
+from train.corpus.__main__ import main
+from train.corpus.build import CorpusRequest, build_corpus
+from train.corpus.sources import find_sources
+from train.corpus.splits import LEFT_OUT, VALID, assign_splits, scan
+from train.data.manifest import CorpusManifest, load_manifest
+from train.data.tokenizers import train_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
 # Trailing white space, several alphabets, an emoji, a line separator, and the BPE's own special token as plain text.
@@ -146,7 +147,7 @@ def test_bpe_learns_from_the_training_documents_only(tmp_path: Path, texts: dict
 def test_bpe_training_is_the_same_in_another_process(tmp_path: Path) -> None:
     text = "for word in words:\n    counts[word] += len(word) # 数学\n" * 3 + HARD_TEXT * 2
     train_bpe([text, text[7:]], 400, tmp_path / "here.json")
-    code = "import sys; from pathlib import Path; from train.tokenizers import train_bpe\n"
+    code = "import sys; from pathlib import Path; from train.data.tokenizers import train_bpe\n"
     code += "t = sys.argv[1]; train_bpe([t, t[7:]], 400, Path(sys.argv[2]))"
     environment = {**os.environ, "RAYON_NUM_THREADS": "2"}
     command = [sys.executable, "-c", code, text, str(tmp_path / "there.json")]
@@ -442,7 +443,7 @@ def test_exchanged_tokenizer_is_refused(tmp_path: Path, texts: dict[str, str]) -
 def test_manifest_and_tokenizer_load_without_torch_from_another_folder(tmp_path: Path, texts: dict[str, str]) -> None:
     build(tmp_path, tokenizer="bpe:300")
     (tmp_path / "out").rename(tmp_path / "moved")
-    code = "import sys; from train.manifest import load_manifest; t = load_manifest('moved/c').tokenizer()\n"
+    code = "import sys; from train.data.manifest import load_manifest; t = load_manifest('moved/c').tokenizer()\n"
     code += "assert t.detokenize(t.tokenize('grow')) == 'grow'; assert not {'torch', 'megatron'} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)

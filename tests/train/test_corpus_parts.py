@@ -21,14 +21,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError, DataError
-from train import corpus_build, parts
-from train.corpus import CorpusRequest, build_corpus, main
-from train.documents import BAD_BYTES, Document, read_part
-from train.manifest import load_manifest
-from train.parts import Piece, cut_lines, plan_parts
-from train.sources import PACKED, Source, find_sources
-from train.staging import staging_folder
-from train.workers import Workers
+from train.corpus import build as corpus_build
+from train.corpus import parts
+from train.corpus.__main__ import main
+from train.corpus.build import CorpusRequest, build_corpus
+from train.corpus.documents import BAD_BYTES, Document, read_part
+from train.corpus.parts import Piece, cut_lines, plan_parts
+from train.corpus.sources import PACKED, Source, find_sources
+from train.corpus.staging import staging_folder
+from train.corpus.workers import Workers
+from train.data.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"text {i}: naïve 数学 🌳\u2028\n" + "the stem and the root " * (i % 7) for i in range(60)]
@@ -350,8 +352,9 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, mixed: Pa
 KILLED = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from train import corpus_build, parts
-from train.corpus import CorpusRequest, build_corpus
+from train.corpus import build as corpus_build
+from train.corpus import parts
+from train.corpus.build import CorpusRequest, build_corpus
 
 class Progress:
     def __init__(self, say, verb, total_bytes):

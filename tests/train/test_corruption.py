@@ -16,8 +16,8 @@ from parallel.errors import CheckpointError, LaunchError
 from tests.distributed import run_distributed
 from tests.train import corruptions
 from tests.train.trainer import SMALL, events, metrics, rewrite_manifest, small_corpus, train_in_turn
-from train.checkpoint import DamagedCheckpoint, list_checkpoints, read_manifest
-from train.checkpoint_files import MARKER, digests, file_names, written_by
+from train.checkpoint.files import MARKER, digests, file_names, written_by
+from train.checkpoint.folder import DamagedCheckpoint, list_checkpoints, read_manifest
 
 _CASES = 144
 
@@ -45,7 +45,7 @@ def _starts(overrides: list[str], cases: list[str]) -> list[tuple[str | None, li
     """Where a run would start from in each of some run directories, and what it would pass over."""
     from parallel.compat import prepare_megatron
     from parallel.layout import Layout
-    from train.data import open_corpora
+    from train.data.stream import open_corpora
     from train.run import Run
     from train.settings import load_settings
     from train.start import find_start

@@ -10,7 +10,7 @@ from model.fingerprint import Fingerprints
 from parallel.errors import ConfigError, ExpansionError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.evaluation import Evaluation
 from train.guard import RETURNED, Guard
 from train.requests import RequestFolder, leave_request

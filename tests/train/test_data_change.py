@@ -9,8 +9,8 @@ import pytest
 from parallel.errors import CheckpointError, DataError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, tensor_digests, train_here, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
-from train.corpus import CorpusRequest, build_corpus
+from train.checkpoint.folder import list_checkpoints, read_manifest
+from train.corpus.build import CorpusRequest, build_corpus
 
 _PLAIN = [*SMALL, "upcycle.stages=[]", "schedule.style=constant", "schedule.warmup_steps=0", "schedule.decay_steps=null",
           "checkpoint.interval_steps=null", "checkpoint.save_final=true"]  # fmt: skip
@@ -37,7 +37,7 @@ def _blend(*parts: tuple[Path, float]) -> list[str]:
 
 def _read(runs: list[list[str]]) -> list[list[tuple[str, int]]]:
     """Train in turn; of each run the places of the samples that this rank trained on, in order."""
-    from train.data import DataStream
+    from train.data.stream import DataStream
 
     reading, taken = DataStream.sample, []  # type: ignore[var-annotated]
     seen: list[tuple[str, int]] = []

@@ -19,8 +19,8 @@ import pytest
 from parallel.errors import CheckpointError, ConfigError, CoppiceError, DataError, LaunchError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, rewrite_manifest, small_corpus, train_in_turn
-from train.checkpoint import FORMAT, list_checkpoints, resolve
-from train.checkpoint_files import MANIFEST, MARKER
+from train.checkpoint.files import MANIFEST, MARKER
+from train.checkpoint.folder import FORMAT, list_checkpoints, resolve
 
 _SHORT = ["run.steps=2", "upcycle.stages=[]", "schedule.decay_steps=1"]
 
@@ -106,7 +106,7 @@ def test_a_run_directory_that_does_not_fit_is_refused(
 
 
 def test_another_corpus_is_refused(finished: Path, tmp_path: Path) -> None:
-    from train.corpus import CorpusRequest, build_corpus
+    from train.corpus.build import CorpusRequest, build_corpus
 
     source = tmp_path / "text"
     source.mkdir()

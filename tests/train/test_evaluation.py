@@ -13,9 +13,9 @@ from parallel.errors import ConfigError, DataError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, rewrite_manifest, small_corpus, train_here, train_in_turn
 from train import job
-from train.corpus import CorpusRequest, build_corpus
+from train.corpus.build import CorpusRequest, build_corpus
+from train.data.manifest import load_manifest
 from train.evaluate import main
-from train.manifest import load_manifest
 
 _ROOT = Path(__file__).resolve().parents[2]
 

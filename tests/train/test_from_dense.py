@@ -20,10 +20,10 @@ from parallel.regions import Box
 from parallel.stream_files import StoredTensors, TensorWriter
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, reseal, rewrite_manifest, small_corpus, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
+from train.offline.upcycle_command import main
 from train.report import write_report
 from train.run_files import RunFiles
-from train.upcycle_command import main
 from upcycle.dense_draw import redrawn_units
 from upcycle.plan import ExpansionPlan
 
@@ -196,7 +196,7 @@ def test_drop_upcycling_draws_matching_units(dense: Path, made: dict[str, Path],
         if "experts.experts" in key and not key.startswith(OPTIMIZER_PREFIX):
             assert _same_bits(tensor, new[masters + key].bfloat16())
     # The same bits in pieces of any size.
-    from train.offline_dense import make_from_dense, open_dense, plan_of_dense
+    from train.offline.from_dense import make_from_dense, open_dense, plan_of_dense
     from upcycle.dense import DenseRules
 
     source = open_dense(_start(dense), experts=4, top_k=2, granularity=1, overrides=[])

@@ -12,7 +12,7 @@ import pytest
 from model.fingerprint import Fingerprints
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, tensor_digests, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
 from tests.upcycle import plans as _profile  # noqa: F401 - lifts hypothesis' deadline
 from train import step
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.config import HealthConfig
-from train.data import DataStream
+from train.data.stream import DataStream
 from train.health import SKIPPED, Health, beyond, left_out
 
 

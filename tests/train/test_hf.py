@@ -67,9 +67,10 @@ def judged(published: Path, ours: dict[str, Any]) -> dict[str, Any]:
 def _through_all(root: str) -> dict[str, Any]:
     """Every model filled directly, and by way of an import; exported again; some grown and exported."""
     from tests.model.ours import filled, layout_of, loaded, logits_of
-    from train import hf_command, upcycle_command
-    from train.hf_export import export_checkpoint
-    from train.hf_import import import_published
+    from train.hf import command as hf_command
+    from train.hf.exporting import export_checkpoint
+    from train.hf.importing import import_published
+    from train.offline.expand import upcycle_command
 
     layout, found = layout_of(), {}
     for name in buildable():

@@ -54,8 +54,9 @@ _GROUPS = [
 
 def _stories(root: str, corpus: str) -> dict[str, Any]:
     from tests.model.ours import layout_of, loaded, logits_of
-    from train import hf_command, upcycle_command
-    from train.checkpoint import list_checkpoints
+    from train.checkpoint.folder import list_checkpoints
+    from train.hf import command as hf_command
+    from train.offline.expand import upcycle_command
 
     folder, found = Path(root), {}
 

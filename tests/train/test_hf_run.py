@@ -34,8 +34,10 @@ def _refusal(words: list[str]) -> str:
 def _stories(root: str, corpus: str) -> dict[str, Any]:
     """One process: a run from hf:, again with the source gone, exported; a run from an import; what is refused."""
     from tests.model.ours import layout_of, loaded, logits_of
-    from train import evaluate, hf_command, upcycle_command
-    from train.checkpoint import list_checkpoints
+    from train import evaluate
+    from train.checkpoint.folder import list_checkpoints
+    from train.hf import command as hf_command
+    from train.offline.expand import upcycle_command
 
     folder, model = Path(root), Path(root) / "model"
     told, found = io.StringIO(), {}
@@ -144,7 +146,7 @@ def _save_filled(folder: str, target: str, sizes: dict[str, int]) -> None:
 
 
 def _import(folder: str, target: str, precision: str) -> None:
-    from train import hf_command
+    from train.hf import command as hf_command
 
     assert hf_command.main(["import", folder, "--output", target, "--precision", precision]) == 0
 

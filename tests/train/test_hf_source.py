@@ -158,7 +158,7 @@ def test_a_second_copy_of_a_tied_embedding_is_left_out(
 def test_numbers_that_are_not_finite_are_refused(
     value: float, published: Path, noise: dict[str, float], tmp_path: Path
 ) -> None:
-    from train.hf_import import import_published
+    from train.hf.importing import import_published
 
     folder = tmp_path / "model"
     shutil.copytree(published / "llama", folder)
@@ -169,7 +169,7 @@ def test_numbers_that_are_not_finite_are_refused(
 
 
 def test_an_export_in_a_type_too_small_is_refused(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
-    from train import hf_command
+    from train.hf import command as hf_command
 
     folder, made, output = tmp_path / "model", tmp_path / "made", str(tmp_path / "out")
     shutil.copytree(published / "llama", folder)
@@ -185,11 +185,11 @@ def test_a_full_disk_is_told_before_anything_is_written(
     published: Path, noise: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """By the size of what is written: an import of bf16 in fp32 takes twice what is read."""
-    from train import hf_command
+    from train.hf import command as hf_command
 
     source = published / "qwen3_moe-sparse"
     usage = shutil.disk_usage(tmp_path)._replace(free=int((source / SINGLE).stat().st_size * 1.5))
-    monkeypatch.setattr("train.checkpoint.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("train.checkpoint.folder.shutil.disk_usage", lambda folder: usage)
     words = ["import", str(source), "--output", str(tmp_path / "made"), "--precision"]
     assert hf_command.main([*words, "fp32"]) == CheckpointError.exit_code
     assert f"--output {tmp_path / 'made'}: the checkpoint needs" in capsys.readouterr().err
@@ -198,9 +198,9 @@ def test_a_full_disk_is_told_before_anything_is_written(
 
 
 def test_a_corpus_of_other_tokens_is_refused(published: Path, noise: dict[str, float], tmp_path: Path) -> None:
-    from train.corpus import CorpusRequest, build_corpus
-    from train.hf_start import check_tokenizer
-    from train.manifest import load_manifest
+    from train.corpus.build import CorpusRequest, build_corpus
+    from train.data.manifest import load_manifest
+    from train.hf.start import check_tokenizer
 
     text, folder = tmp_path / "text.txt", tmp_path / "model"
     text.write_text("some words of some text, " * 50)

@@ -15,8 +15,8 @@ import pytest
 from parallel.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, tensor_digests, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
-from train.corpus import CorpusRequest, build_corpus
+from train.checkpoint.folder import list_checkpoints, read_manifest
+from train.corpus.build import CorpusRequest, build_corpus
 from train.settings import load_settings
 
 # What a step leaves in metrics.jsonl that does not depend on the clock.

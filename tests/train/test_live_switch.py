@@ -12,7 +12,7 @@ import pytest
 from parallel.errors import CoppiceError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, tensor_digests, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 
 _STAGE = "step-00000002-stage1"
 

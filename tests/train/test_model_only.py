@@ -9,7 +9,7 @@ import pytest
 from parallel.errors import CheckpointError, ConfigError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, small_corpus, tensor_digests, train_in_turn
-from train.checkpoint import Manifest, list_checkpoints, read_manifest
+from train.checkpoint.folder import Manifest, list_checkpoints, read_manifest
 from train.settings import load_settings
 from train.start import check_moments
 

@@ -8,7 +8,7 @@ import pytest
 from parallel.errors import CheckpointError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, reseal, small_corpus, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.report import write_report
 
 _SHRUNK = [

@@ -11,8 +11,8 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, small_corpus, tensor_digests, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
-from train.upcycle_command import main
+from train.checkpoint.folder import list_checkpoints, read_manifest
+from train.offline.upcycle_command import main
 from upcycle.plan import ExpansionPlan
 
 _RULES = (

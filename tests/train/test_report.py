@@ -15,13 +15,14 @@ import pytest
 
 from parallel.errors import DataError
 from tests.train.synthetic_run import TOKENS_PER_STEP, make_run
-from train.report import main, summary_lines, write_report
-from train.report_columns import step_parts
-from train.report_data import load_run
-from train.report_html import page
-from train.report_load import family_bands
-from train.report_loss import loss_before, set_names
-from train.report_plot import WIDE, curve, envelope, mean_line, moving_mean, new_figure
+from train.report import summary_lines, write_report
+from train.report.__main__ import main
+from train.report.columns import step_parts
+from train.report.data import load_run
+from train.report.html import page
+from train.report.load import family_bands
+from train.report.loss import loss_before, set_names
+from train.report.plot import WIDE, curve, envelope, mean_line, moving_mean, new_figure
 from train.run_files import RunFiles
 
 REPOSITORY = Path(__file__).resolve().parents[2]

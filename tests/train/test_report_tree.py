@@ -13,11 +13,11 @@ import pytest
 
 from tests.train.synthetic_run import make_plan, make_run
 from train.report import write_report
-from train.report_data import Expansion, RunRecord, load_run
-from train.report_html import page
-from train.report_plans import MAX_STAGES, Tree, family_tree
-from train.report_plot import NARROW, WIDE
-from train.report_tree import MAX_BANDS, MAX_LINES, draw_tree, has_tree, tree_caption
+from train.report.data import Expansion, RunRecord, load_run
+from train.report.html import page
+from train.report.plans import MAX_STAGES, Tree, family_tree
+from train.report.plot import NARROW, WIDE
+from train.report.tree import MAX_BANDS, MAX_LINES, draw_tree, has_tree, tree_caption
 from train.run_files import RunFiles
 from upcycle.plan import ExpansionPlan
 from upcycle.provenance import lineage

@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, small_corpus, tensor_digests, train_in_turn
-from train.checkpoint import list_checkpoints
+from train.checkpoint.folder import list_checkpoints
 
 # Four layers, so that pipelines of two with two chunks each fit.
 _BASE = [*SMALL, "run.precision=fp32", "run.steps=6", "model.layers=4", "model.moe_period=2", "checkpoint.interval_steps=5",
@@ -40,7 +40,7 @@ def _save_again(overrides: list[str], output: str) -> None:
     prepare_megatron()
     from model.sharded_state import save_tensors
     from parallel.layout import Layout, join_job, leave_job
-    from train.data import open_corpora
+    from train.data.stream import open_corpora
     from train.run import Run
     from train.settings import load_settings
 

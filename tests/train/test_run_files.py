@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from parallel.errors import DataError
-from train.checkpoint import _deny_others
+from train.checkpoint.folder import _deny_others
 from train.run_files import RunFiles, make_directory, raw_lines, refuse_open_folder
 from train.run_lock import lock_run
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
-from train.sample_order import PATTERN, Blend, SampleOrder, blend_of, continued
+from train.data.sample_order import PATTERN, Blend, SampleOrder, blend_of, continued
 
 _NAMES = "abcde"
 _parts = st.lists(st.floats(0.05, 20), min_size=1, max_size=5).map(

@@ -11,7 +11,7 @@ from parallel import sharded_save
 from parallel.errors import CheckpointError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, tensor_digests, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
 from train import expansion, run, signals
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.signals import STOP_FILE
 from train.status import read_status
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from parallel.errors import ConfigError, DataError
-from train.corpus import CorpusRequest, build_corpus
-from train.tokenizers import Tokenizer, build_tokenizer, train_bpe
+from train.corpus.build import CorpusRequest, build_corpus
+from train.data.tokenizers import Tokenizer, build_tokenizer, train_bpe
 
 TEXT = "  naïve Straße\t数学 🌳 <|endoftext|></s>\n\n"
 PLAIN = "the stem and the root and the tree"  # what every SentencePiece model can give back unchanged

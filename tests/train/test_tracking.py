@@ -14,12 +14,12 @@ import pytest
 from parallel.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, small_corpus, train_in_turn
-from train.checkpoint import list_checkpoints, read_manifest
+from train.checkpoint.folder import list_checkpoints, read_manifest
 from train.config import TrackingConfig
 from train.run_files import RunFiles
 from train.tracking import open_tracker, refuse_missing
-from train.tracking_names import tracked_figures, tracked_name
-from train.tracking_queue import MAX_NAMES, QueuedTracker, Tracker
+from train.tracking.names import tracked_figures, tracked_name
+from train.tracking.queue import MAX_NAMES, QueuedTracker, Tracker
 
 
 def _entries(log: bytes) -> Iterator[bytes]:
@@ -251,7 +251,7 @@ class _Stuck:
 def test_a_slow_tracker_drops_with_a_line_and_never_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    monkeypatch.setattr("train.tracking_queue._QUEUE", 100)
+    monkeypatch.setattr("train.tracking.queue._QUEUE", 100)
     sink = _Stuck()
     tracker = QueuedTracker("slow", RunFiles(tmp_path), None, 0, lambda: sink)  # type: ignore[arg-type,return-value]
     began = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from parallel.compat import prepare_megatron
-from train.corpus import CorpusRequest, build_corpus
+from train.corpus.build import CorpusRequest, build_corpus
 from train.job import run_settings
 from train.settings import load_settings
 
@@ -65,7 +65,7 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 def rewrite_manifest(checkpoint: Path, **changes: Any) -> None:
     """Change what a checkpoint says of itself, as whoever wrote it might have: the seal fits."""
-    from train.checkpoint_files import MANIFEST, MARKER
+    from train.checkpoint.files import MANIFEST, MARKER
 
     text = json.dumps(json.loads((checkpoint / MANIFEST).read_text()) | changes)
     (checkpoint / MANIFEST).write_text(text)
@@ -74,7 +74,7 @@ def rewrite_manifest(checkpoint: Path, **changes: Any) -> None:
 
 def reseal(checkpoint: Path) -> None:
     """Make a checkpoint whose files were changed on purpose one that its writer might have left like this."""
-    from train.checkpoint_files import digests, file_names
+    from train.checkpoint.files import digests, file_names
 
     rewrite_manifest(checkpoint, files=digests(checkpoint, file_names(checkpoint)))
 

@@ -20,8 +20,8 @@ from parallel.errors import CheckpointError, ExpansionError
 from parallel.stream_files import read_index
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, _tensor_digests, metrics, small_corpus, train_in_turn
-from train.checkpoint import Manifest, read_manifest
-from train.checkpoint_files import digests, file_names, seal
+from train.checkpoint.files import digests, file_names, seal
+from train.checkpoint.folder import Manifest, read_manifest
 from upcycle.plan import ExpansionPlan, LayerPlan
 from upcycle.stream import stream_expand, stream_weight_scores
 from upcycle.verify import verify_expansion

@@ -1,0 +1,161 @@
+"""The files of a checkpoint: sealed when it is complete, checked before it is believed.
+
+    manifest.json    lists every other file with its size and SHA-256
+    complete.json    the SHA-256 of manifest.json; written last, removed first: without it nothing counts
+
+A file that was cut, flipped, swapped, lost, added or taken from elsewhere is found before anything is loaded from it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.checkpoint.folder import Manifest
+
+MANIFEST = "manifest.json"
+MARKER = "complete.json"
+# Names that say which rank wrote a file: tensors of torch_dist, and generator states.
+_RANK = re.compile(r"(?:__|rank-)0*(\d+)(?:_\d+)?\.(?:distcp|pt)$")
+_READ_BYTES = 1 << 22
+_FOLDER = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
+
+
+def place_of(folder: Path) -> tuple[int, int] | None:
+    """Step of a checkpoint, and stage of one that an expansion has made (else 0), by its name; None if it has another."""
+    match = _FOLDER.match(folder.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def file_names(folder: Path) -> list[str]:
+    """Every file of a checkpoint but the two that seal it, relative to its folder, sorted."""
+    found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in found if name not in (MANIFEST, MARKER))
+
+
+def written_by(names: Iterable[str], rank: int) -> list[str]:
+    """The files that a rank wrote, so that it finds them in its own cache; what nobody's name is on is rank 0's."""
+    mine = []
+    for name in names:
+        match = _RANK.search(name)
+        if (int(match[1]) if match else 0) == rank:
+            mine.append(name)
+    return mine
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    state = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            state.update(block)
+    return state.hexdigest()
+
+
+def digests(folder: Path, names: Sequence[str], threads: int = 4) -> dict[str, list[Any]]:
+    """Size in bytes and SHA-256 of some files, by name; hashing lets go of Python's lock, so threads help.
+
+    Raises:
+        OSError: if one cannot be read.
+    """
+    with ThreadPoolExecutor(max(1, min(threads, len(names)))) as pool:
+        sums = list(pool.map(lambda name: digest(folder / name), names))
+    return {name: [(folder / name).stat().st_size, value] for name, value in zip(names, sums, strict=True)}
+
+
+def seal(folder: Path, manifest: "Manifest", files: Mapping[str, Sequence[Any]]) -> None:
+    """Write the manifest with the list of files, and then the marker.
+
+    Args:
+        folder: of the checkpoint, under its staging name.
+        manifest: what it says about itself.
+        files: `digests` of every other file.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    text = json.dumps({**asdict(manifest), "files": dict(files)})
+    _write(folder / MANIFEST, text)
+    _write(folder / MARKER, json.dumps({"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder claims to be a complete checkpoint."""
+    return (folder / MARKER).is_file()
+
+
+def broken_seal(folder: Path) -> str | None:
+    """What is wrong with the two files that seal a checkpoint; None if the manifest is what was written."""
+    try:
+        told = json.loads((folder / MARKER).read_text())["manifest_sha256"]
+    except FileNotFoundError:
+        return f"it is not a complete checkpoint: it has no {MARKER}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MARKER} is empty or damaged"
+    try:
+        found = digest(folder / MANIFEST)
+    except FileNotFoundError:
+        return f"it is not a complete checkpoint: it has no {MANIFEST}"
+    except OSError as e:
+        return f"{MANIFEST} cannot be read ({e.strerror})"
+    return None if found == told else f"{MANIFEST} is not the one that was written"
+
+
+def wrong_files(
+    folder: Path, files: Mapping[str, Sequence[Any]], level: str, part: tuple[int, int] = (0, 1)
+) -> str | None:
+    """The first thing that is wrong with the files of a checkpoint; None if they are those that were written.
+
+    Args:
+        folder: of the checkpoint.
+        files: as its manifest lists them.
+        level: `sizes` looks at names and sizes, `digests` at contents too.
+        part: (i, n) leaves the contents of all but every n-th file, from the i-th on, to others.
+    """
+    try:
+        return _wrong_files(folder, files, level, part)
+    except OSError as e:
+        return f"{e.filename or folder} cannot be read ({e.strerror})"
+
+
+def _wrong_files(folder: Path, files: Mapping[str, Sequence[Any]], level: str, part: tuple[int, int]) -> str | None:
+    here = file_names(folder)
+    for name in files:
+        if name not in here:
+            return f"{name} is missing"
+    for name in here:
+        if name not in files:
+            return f"{name} does not belong to it"
+    for name, (size, _) in files.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
+    if level != "digests":
+        return None
+    mine = sorted(files, key=lambda name: (-int(files[name][0]), name))[part[0] :: part[1]]
+    for name, (_, value) in digests(folder, mine).items():
+        if value != files[name][1]:
+            return f"{name} is damaged: its contents are not what was written"
+    return None

@@ -1,0 +1,72 @@
+"""Publishing what no job wrote: made under a staging name, renamed when complete.
+
+with staged(output) as staging:
+    need_space(staging, size, ..., output=output)
+    ...                                   # write tensors/ into it
+    carry_over_files(source, manifest.files, staging)
+    seal(staging, manifest, ...)
+"""
+
+import contextlib
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import CheckpointError
+from train.checkpoint.files import digests
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write in; takes that name at the end, or is gone if the block raises.
+
+    Args:
+        output: must not exist, or be empty.
+
+    Raises:
+        CheckpointError: if there is something already, or the disk fails.
+    """
+    output = output.absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
+    staging = output.with_name(f"{output.name}.partial")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True, mode=0o700)
+        yield staging
+        if output.exists():
+            output.rmdir()
+        staging.rename(output)
+    except BaseException as e:
+        # A full disk needs the room.
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise CheckpointError(
+                f"--output {output} cannot be written ({e.strerror or e}): choose another folder"
+            ) from None
+        raise
+
+
+def carry_over_files(
+    source: Path, files: Mapping[str, Sequence[Any]], staging: Path, *, but: Collection[str] = ()
+) -> None:
+    """Copy what a checkpoint holds beside its tensors: generator states, and whatever else was put there.
+
+    Args:
+        source: the checkpoint.
+        files: from its manifest; they must be those that were written.
+        staging: of the new one.
+        but: what is left behind.
+
+    Raises:
+        CheckpointError: if one is damaged.
+    """
+    names = [name for name in files if not name.startswith("tensors/") and name not in but]
+    for name, told in digests(source, names).items():
+        if told != files[name]:
+            raise CheckpointError(f"checkpoint {source}: {name} is damaged: use an older checkpoint")
+    (staging / "rng").mkdir()
+    for name in names:
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, staging / name)
