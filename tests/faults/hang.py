@@ -13,7 +13,7 @@ from typing import Any
 from parallel import sharded_save
 from train import evaluation, switch
 from train.__main__ import main
-from train.data.stream import stream as data
+from train.data import stream as data
 
 # Fault -> where it happens, and at which call.
 _PLACES: dict[str, tuple[Any, str, int]] = {

@@ -70,7 +70,7 @@ def _through_all(root: str) -> dict[str, Any]:
     from train.hf import command as hf_command
     from train.hf.exporting import export_checkpoint
     from train.hf.importing import import_published
-    from train.offline.expand import upcycle_command
+    from train.offline import upcycle_command
 
     layout, found = layout_of(), {}
     for name in buildable():

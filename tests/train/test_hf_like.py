@@ -56,7 +56,7 @@ def _stories(root: str, corpus: str) -> dict[str, Any]:
     from tests.model.ours import layout_of, loaded, logits_of
     from train.checkpoint.folder import list_checkpoints
     from train.hf import command as hf_command
-    from train.offline.expand import upcycle_command
+    from train.offline import upcycle_command
 
     folder, found = Path(root), {}
 

@@ -37,7 +37,7 @@ def _stories(root: str, corpus: str) -> dict[str, Any]:
     from train import evaluate
     from train.checkpoint.folder import list_checkpoints
     from train.hf import command as hf_command
-    from train.offline.expand import upcycle_command
+    from train.offline import upcycle_command
 
     folder, model = Path(root), Path(root) / "model"
     told, found = io.StringIO(), {}
