@@ -70,6 +70,7 @@ _UNITS = {
     "model.z_loss_coeff": "-",
     "model.bias_update_rate": "score per step",
     "model.capacity_factor": "-",
+    "model.recompute_layers": "layers",
     "parallel.tensor": "ranks",
     "parallel.pipeline": "ranks",
     "parallel.virtual_pipeline": "chunks",
@@ -150,7 +151,6 @@ _MEANINGS = {
     "model.router_group_topk": "Group-limited routing: groups a token may use; null means none.",
     "model.z_loss_coeff": "Weight of the router's z-loss; null means none.",
     "model.dispatcher": "How tokens travel to their experts; flex needs DeepEP or HybridEP (docs/parallelism.md).",
-    "model.recompute": "Recompute activations in the backward pass: core attention, whole layers, or nothing.",
     "model.mcore": (
         "Further fields of mcore's TransformerConfig by their own names, for what has no key here; a new one is added with "
         "a plus: `+model.mcore.moe_input_jitter_eps=0.01`."

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from model.config import ModelConfig, padded_vocab_size
 from model.network import Chunk, gated, head_widths, network_chunks
+from model.recompute import modules_of
 from parallel.cluster import STATE_BYTES, Coordinates, LogicalTensor, coordinates, round_up
 from parallel.config import ParallelConfig
 from train.config import RunSettings
@@ -228,9 +229,10 @@ def activation_bytes(
         feed-forward   2 H + (2 or 1) F + F
         MoE            2 H + 3 E (fp32: twice) + K (H + 3 F) + shared 3 F, tokens even over experts
 
-    Full recomputation keeps H per layer and one whole layer; selective drops the scores. In flight: mcore's 1F1B warm-up,
-    min(pipeline - rank, accumulation) micro-batches, or its interleaved count. Buffers of kernels, of communication and
-    of the allocator are not in it.
+    Full recomputation keeps H per unit of layers, selective drops what its modules compute (`_dropped_elements`); what is
+    computed again is there once more for one unit, or one layer. In flight: mcore's 1F1B warm-up, min(pipeline - rank,
+    accumulation) micro-batches, or its interleaved count. Buffers of kernels, of communication and of the allocator are
+    not in it.
     """
     model, data = settings.model, settings.data
     weight, tensor = (2 if settings.run.precision == "bf16" else 4), parallel.tensor
@@ -238,15 +240,22 @@ def activation_bytes(
     accumulation = data.global_batch_size // (data.micro_batch_size * parallel.data(world_size))
     moe = set(model.moe_layer_numbers()) if num_experts else set()
     pipeline, number = parallel.pipeline, parallel.chunks()
-    kept_by_chunk, largest = [], 0.0
+    kept_by_chunk, again = [], 0.0
     for chunk in (c for c in chunks if c.stage == stage):
-        kept = 0.0
-        for layer in chunk.layers:
-            whole = _layer_elements(
-                model, num_experts if layer + 1 in moe else 0, parallel, data.sequence_length, flash
-            )
-            largest = max(largest, whole)
-            kept += model.hidden_size / tensor if model.recompute == "full" else whole
+        experts = [num_experts if layer + 1 in moe else 0 for layer in chunk.layers]
+        whole = [_layer_elements(model, count, parallel, data.sequence_length, flash) for count in experts]
+        unit = model.recompute_layers
+        if model.recompute == "full" and model.recompute_method == "block":
+            kept = len(whole[:unit]) * model.hidden_size / tensor + sum(whole[unit:])
+            again = max([again, *whole[:unit]])
+        elif model.recompute == "full":
+            units = [sum(whole[first : first + unit]) for first in range(0, len(whole), unit)]
+            kept = len(units) * model.hidden_size / tensor
+            again = max([again, *units])
+        else:
+            dropped = [_dropped_elements(model, count, parallel, data.sequence_length, flash) for count in experts]
+            kept = sum(whole) - sum(dropped)
+            again = max([again, *dropped])
         kept_by_chunk.append(kept)
     if number == 1:
         in_flight = [min(pipeline - stage, accumulation)]
@@ -254,8 +263,7 @@ def activation_bytes(
         warm = min((pipeline - stage - 1) * 2 + (number - 1) * pipeline + 1, number * accumulation)
         in_flight = [warm // number + (index < warm % number) for index in range(number)]
     elements = sum(n * kept for n, kept in zip(in_flight, kept_by_chunk, strict=True))
-    if model.recompute == "full":
-        elements += largest
+    elements += again
     if stage == 0:
         elements += in_flight[0] * model.hidden_size / tensor
     total = elements * weight
@@ -275,7 +283,7 @@ def _layer_elements(
     found = 2 * hidden + heads * width + kv * (width + value) + heads * value
     if model.attention == "mla":
         found += (model.mla_query_rank or 0) + model.mla_kv_rank + model.mla_rope_head_dim
-    if not flash and model.recompute == "none":
+    if not flash:
         found += 2 * heads * sequence // parallel.context
     wide = 3 if gated(model) else 2
     found += 2 * hidden
@@ -285,6 +293,33 @@ def _layer_elements(
     # Every expert-tensor rank sees the tokens of all of them, each a slice of the expert.
     routed = model.top_k * (hidden * parallel.expert_tensor + wide * model.expert_ffn_hidden_size)
     return (found + routed) / parallel.tensor
+
+
+def _dropped_elements(
+    model: ModelConfig, num_experts: int, parallel: ParallelConfig, sequence: int, flash: bool
+) -> float:
+    """Elements of `_layer_elements` that selective recomputation does without; none under another kind.
+
+    Transformer Engine's layers (flash) have the norm before attention, and before a dense feed-forward, inside the linear
+    layer that follows: only norms of their own can be left out.
+    """
+    hidden, heads = model.hidden_size, model.attention_heads
+    width, value = head_widths(model)
+    gate = gated(model)
+    whole, inner = (3, 1) if gate else (2, 1)
+    shared = whole * (model.shared_expert_ffn_hidden_size or 0)
+    routed = model.top_k * (hidden * parallel.expert_tensor + whole * model.expert_ffn_hidden_size)
+    norms = int(not flash or model.attention == "mla") + int(not flash or bool(num_experts))
+    sizes = {
+        "core_attn": 0 if flash else 2 * heads * sequence // parallel.context,
+        "layernorm": norms * hidden,
+        "mla_up_proj": heads * width + (model.kv_heads or heads) * (width + value),
+        "mlp": 0 if num_experts else whole * model.ffn_hidden_size,
+        "moe": 6 * num_experts + shared + routed if num_experts else 0,
+        "moe_act": model.top_k * inner * model.expert_ffn_hidden_size if num_experts else 0,
+        "shared_experts": shared if num_experts else 0,
+    }
+    return sum(sizes[name] for name in modules_of(model)) / parallel.tensor
 
 
 @dataclass(frozen=True)

@@ -377,8 +377,15 @@ def _changes(settings: RunSettings) -> Iterator[Iterator[tuple[str, RunSettings]
     kinds = ("none", "selective", "full")
     later = kinds[kinds.index(settings.model.recompute) + 1 :]
     yield (
-        (f"model.recompute={kind}", replace(settings, model=replace(settings.model, recompute=kind))) for kind in later
+        (
+            f"model.recompute={kind}",
+            replace(settings, model=replace(settings.model, recompute=kind, recompute_modules=[])),
+        )
+        for kind in later
     )
+    if settings.model.recompute_method == "block":
+        every = replace(settings.model, recompute_method="uniform", recompute_layers=1)
+        yield iter([("model.recompute_method=uniform model.recompute_layers=1", replace(settings, model=every))])
     size, smaller = settings.data.micro_batch_size, []
     while size > 1:
         size //= 2

@@ -19,12 +19,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from model import recompute
 from model.attention import LatentDotProductAttention
 from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
 from model.fp8 import check_device, mcore_fields
 from model.norm import AllKeysNorm, AllQueriesNorm, CoppiceNorm
 from parallel.compat import (
+    can_discard_outputs,
     is_moe_layer,
     layer_submodules,
     make_transformer_config,
@@ -107,6 +109,7 @@ def transformer_config(
         check_device(
             model.fp8, model.fp8_recipe, torch.cuda.get_device_capability(layout.device), torch.cuda.get_device_name()
         )
+    recompute.check_modules(model, experts_kind(model), can_discard_outputs())
     activation, gated = _ACTIVATIONS[model.activation]
     bf16 = precision == "bf16"
     te = experts_kind(model) == "te"
@@ -168,16 +171,14 @@ def transformer_config(
             )
     if num_experts:
         values |= _moe_values(model, num_experts, te)
-    if model.recompute != "none":
-        values |= dict(recompute_granularity=model.recompute)
-        if model.recompute == "full":
-            values |= dict(recompute_method="uniform", recompute_num_layers=1)
-    values |= mcore_fields(model) | model.mcore
+    values |= recompute.mcore_fields(model, experts_kind(model)) | mcore_fields(model) | model.mcore
     cls = MLATransformerConfig if model.attention == "mla" else TransformerConfig
     try:
-        return make_transformer_config(cls, **values)
+        config = make_transformer_config(cls, **values)
     except (ValueError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"megatron-core refuses this model: {' '.join(str(e).split()) or type(e).__name__}") from None
+    recompute.tell_experts(config, model)
+    return config
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:

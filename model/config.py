@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.fp8 import FP8_FORMATS, FP8_RECIPES
+from model.graphs import refuse_graphs
+from model.recompute import METHODS, RECOMPUTE, check_recompute
 from parallel.errors import ConfigError
 
 ATTENTION = ("gqa", "mla")
@@ -16,7 +18,6 @@ DISPATCHERS = ("alltoall", "allgather", "flex")
 EXPERT_KINDS = ("auto", "grouped", "sequential", "te")
 NORMS = ("RMSNorm", "LayerNorm")
 SCORES = ("softmax", "sigmoid")
-RECOMPUTE = ("none", "selective", "full")
 ROPE_SCALINGS = ("none", "llama3", "yarn")
 HF_PREFIX = "hf:"
 
@@ -141,7 +142,15 @@ class ModelConfig:
     # Expert module: auto takes Transformer Engine's grouped GEMM where it is installed with a GPU, else ours.
     experts: str = "auto"
     dispatcher: str = "alltoall"
+    # What is computed again in the backward pass instead of kept: none, selective (parts of every layer) or full (layers).
     recompute: str = "none"
+    # selective only: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; empty means core_attn.
+    recompute_modules: list[str] = field(default_factory=list)
+    # full only: `uniform` cuts a rank's layers into units of recompute_layers and keeps the input of each; `block` does
+    # so with single layers, for the first recompute_layers of a chunk, and keeps everything of the others.
+    recompute_method: str = "uniform"
+    # full only: layers per unit (uniform), or layers that are computed again in each chunk of the pipeline (block).
+    recompute_layers: int = 1
     # 8-bit floats in matrix products, by Transformer Engine on a GPU: none, hybrid (e4m3; gradients e5m2) or e4m3.
     fp8: str = "none"
     # How 8-bit numbers are scaled: delayed, tensorwise, blockwise (Hopper) or mxfp8 (Blackwell).
@@ -163,6 +172,7 @@ class ModelConfig:
             positive(f"model.{key}", getattr(self, key))
         for key in ("expert_ffn_hidden_size", "shared_expert_ffn_hidden_size", "moe_period", "vocab_multiple"):
             positive(f"model.{key}", getattr(self, key))
+        positive("model.recompute_layers", self.recompute_layers)
         for key in ("rope_base", "rope_percent", "norm_epsilon", "init_std", "capacity_factor", "router_scale"):
             positive(f"model.{key}", getattr(self, key))
         for key in ("num_experts", "dense_first", "dense_last", "dropout", "aux_loss_coeff", "bias_update_rate"):
@@ -175,6 +185,7 @@ class ModelConfig:
         one_of("model.experts", self.experts, EXPERT_KINDS)
         one_of("model.dispatcher", self.dispatcher, DISPATCHERS)
         one_of("model.recompute", self.recompute, RECOMPUTE)
+        one_of("model.recompute_method", self.recompute_method, METHODS)
         one_of("model.fp8", self.fp8, FP8_FORMATS)
         one_of("model.fp8_recipe", self.fp8_recipe, FP8_RECIPES)
         one_of("model.rope_scaling", self.rope_scaling, ROPE_SCALINGS)
@@ -189,6 +200,8 @@ class ModelConfig:
             divides("model.attention_heads", self.attention_heads, "model.kv_heads", self.kv_heads)
         if self.num_experts:
             self._check_routing()
+        check_recompute(self)
+        refuse_graphs(self.mcore)
 
     def _check_published(self) -> None:
         """What published families have and not every combination here can express."""

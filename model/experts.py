@@ -29,7 +29,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from model.grouped_mm import collect, group_tokens, grouped_linear, per_token, spread, weighted_swiglu
+from model.grouped_mm import activated_linear, collect, group_tokens, grouped_linear, per_token, spread, weighted_swiglu
 from parallel.errors import CheckpointError, ConfigError
 
 _ROW_BYTES = 16  # grouped_mm takes rows of a multiple of this length
@@ -78,6 +78,8 @@ class GroupedExperts(MegatronModule):
         self.width = config.hidden_size if config.moe_latent_size is None else config.moe_latent_size
         self.ffn = self._ffn_per_rank()
         self._check_supported()
+        selective = config.recompute_granularity == "selective"
+        self.recomputes_activation = selective and "moe_act" in (config.recompute_modules or ())
         on_gpu = torch.cuda.is_available() and not config.use_cpu_initialization
         kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": "cuda" if on_gpu else "cpu"}
         fc1_rows = 2 * self.ffn if config.gated_linear_unit else self.ffn
@@ -113,8 +115,6 @@ class GroupedExperts(MegatronModule):
         for key in ("fp8", "fp4", "use_te_activation_func"):
             if getattr(config, key):
                 raise ConfigError(f"{key}={getattr(config, key)} needs the experts of Transformer Engine: use those")
-        if config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or ()):
-            raise ConfigError("recompute_modules has moe_act, which grouped experts do not recompute alone: use moe")
         if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
             raise ConfigError(f"moe_apply_probs_on_input=True needs moe_router_topk=1, not {config.moe_router_topk}")
         if config.add_bias_linear and ranks > 1:
@@ -187,7 +187,10 @@ class GroupedExperts(MegatronModule):
         fc1 = grouped_linear(spread(rows, groups), self.weight1, groups)
         if self.bias1 is not None:
             fc1 = fc1 + spread(per_token(self.bias1.bias, groups, len(rows)), groups)
-        fc2 = grouped_linear(self._activation(fc1, spread_probs), self.weight2, groups)
+        if self.recomputes_activation and self.training:
+            fc2 = activated_linear(self._activation, fc1, spread_probs, self.weight2, groups)
+        else:
+            fc2 = grouped_linear(self._activation(fc1, spread_probs), self.weight2, groups)
         output = collect(fc2, groups)
         if self.bias2 is not None:
             output = (output + per_token(self.bias2.bias, groups, len(rows)) * probs.unsqueeze(-1)).to(output.dtype)

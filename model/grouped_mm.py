@@ -17,6 +17,7 @@ Shapes: `e` local experts, `T` tokens (all local experts together), `H` hidden, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,25 @@ def grouped_linear(rows: torch.Tensor, weight_eNK: torch.Tensor, groups: TokenGr
     return _GroupedLinear.apply(rows, weight_eNK, groups)
 
 
+def activated_linear(
+    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rows: torch.Tensor,
+    probs: torch.Tensor,
+    weight_eNK: torch.Tensor,
+    groups: TokenGroups,
+) -> torch.Tensor:
+    """`grouped_linear` of an activation that is computed again in the backward pass instead of kept; the same bits.
+
+    Args:
+        activation: of rows and probabilities, to width K; without randomness.
+        rows: in the groups' layout, any width.
+        probs: one per row, in the same layout.
+        weight_eNK: as in `grouped_linear`.
+        groups: of these rows.
+    """
+    return _ActivatedLinear.apply(activation, rows, probs, weight_eNK, groups)
+
+
 def per_token(values_eN: torch.Tensor, groups: TokenGroups, num_tokens: int) -> torch.Tensor:
     """Each expert's vector (a bias) repeated for its tokens: `[T, N]`, always ragged."""
     return _PerToken.apply(values_eN, groups, num_tokens)
@@ -163,15 +183,54 @@ class _GroupedLinear(torch.autograd.Function):
         rows, weight_eNK = ctx.saved_tensors
         grad = grad.contiguous()  # grouped_mm refuses expanded gradients, as those of a sum are
         grad_rows = _products(grad, weight_eNK, ctx.ends_e) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            if _adds_to_buffer(weight_eNK):
-                _add_outer_products(weight_eNK.main_grad, grad, rows, ctx.ends_e)
-                weight_eNK.grad_added_to_main_grad = True
-                grad_weight = torch.empty_like(weight_eNK)  # never read: DDP wants to see that there is a gradient
-            else:
-                grad_weight = _outer_products(grad, rows, ctx.ends_e)
+        grad_weight = _weight_gradient(weight_eNK, grad, rows, ctx.ends_e) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    """`_GroupedLinear` that keeps the input of the activation before it, and not its output or what led there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        rows: torch.Tensor,
+        probs: torch.Tensor,
+        weight_eNK: torch.Tensor,
+        groups: TokenGroups,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, probs, weight_eNK)
+        ctx.activation, ctx.ends_e = activation, groups.ends_e
+        return _products(activation(rows, probs), weight_eNK.transpose(1, 2), groups.ends_e)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        rows, probs, weight_eNK = ctx.saved_tensors
+        grad = grad.contiguous()
+        wanted = ctx.needs_input_grad[1:3]
+        inputs = [t.detach().requires_grad_(want) for t, want in zip((rows, probs), wanted, strict=True)]
+        with torch.enable_grad():
+            activated = ctx.activation(*inputs)
+        grad_weight = None
+        if ctx.needs_input_grad[3]:
+            grad_weight = _weight_gradient(weight_eNK, grad, activated.detach(), ctx.ends_e)
+        grads: list[torch.Tensor | None] = [None, None]
+        if any(wanted):
+            differentiable = [t for t, want in zip(inputs, wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(activated, differentiable, _products(grad, weight_eNK, ctx.ends_e)))
+            grads = [next(found) if want else None for want in wanted]
+        return None, *grads, grad_weight, None
+
+
+def _weight_gradient(
+    weight_eNK: torch.Tensor, grad: torch.Tensor, rows: torch.Tensor, ends_e: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of a stack, added to DDP's buffer where that is ours to do."""
+    if not _adds_to_buffer(weight_eNK):
+        return _outer_products(grad, rows, ends_e)
+    _add_outer_products(weight_eNK.main_grad, grad, rows, ends_e)  # type: ignore[attr-defined]
+    weight_eNK.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight_eNK)  # never read: DDP wants to see that there is a gradient
 
 
 def _adds_to_buffer(weight: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ import logging
 import os
 import pickle
 import platform
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,33 @@ def versions() -> dict[str, str]:
     return found
 
 
+class _NoFP8:
+    """Stands in for Transformer Engine's state of 8-bit floats where that is not installed."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        """Never."""
+        return False
+
+
+def _no_context(**unused: Any) -> contextlib.AbstractContextManager[None]:
+    """Stands in for Transformer Engine's contexts, which change nothing without 8-bit floats."""
+    return contextlib.nullcontext()
+
+
+def can_discard_outputs() -> bool:
+    """Whether mcore can free a tensor in the forward pass and bring it back in the backward pass on this machine.
+
+    From 0.19 on it compiles a C++ function for that, at its first use.
+    """
+    from megatron.core.tensor_parallel import random
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+
+    if not hasattr(random, "_get_share_storage"):
+        return True
+    return is_ninja_available() and shutil.which(get_cxx_compiler()) is not None
+
+
 def prepare_megatron() -> None:
     """Makes mcore usable in this process: CPU runtime where there is no CUDA, an upstream bug bridged, less noise.
 
@@ -79,12 +107,17 @@ def prepare_megatron() -> None:
         refuse_unusable()
     else:
         install_cpu_runtime()
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16.1 reads this name in every router call but binds it only if Transformer Engine imports (GPU too).
         moe_utils.te_general_gemm = None
+    if not hasattr(random, "FP8GlobalStateManager"):
+        # Bound only if Transformer Engine imports, and read whenever a norm is computed again (GPU too).
+        random.FP8GlobalStateManager = _NoFP8
+        random.activation_recompute_forward = random.fp8_autocast = _no_context
     if not isinstance(multi_latent_attention.TELinear, type):
         # Its import of TE's wrappers succeeds without TE, and it asks isinstance() of a stand-in: every MLA layer fails.
         multi_latent_attention.HAVE_TE = False

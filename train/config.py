@@ -12,6 +12,7 @@ from pathlib import Path
 from model.config import ModelConfig, divides, one_of, positive
 from model.fp8 import check_sizes
 from model.performance import PerformanceConfig
+from model.recompute import check_layers
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from train.data.config import DataConfig
@@ -408,6 +409,7 @@ class RunSettings:
         model, data = self.model, self.data
         data_ranks = parallel.data(world_size, keys)
         check_sizes(model, parallel, self.run.precision, keys)
+        check_layers(model, parallel, keys["pipeline"])
         if parallel.expert > 1 and not model.num_experts:
             raise ConfigError(f"{keys['expert']}={parallel.expert} needs experts: model.num_experts=0 is a dense model")
         if parallel is self.parallel:

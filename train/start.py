@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 # (`upcycle/course.py`).
 _FREE = frozenset(
     ("num_experts", "init_from", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate",
-     "capacity_factor", "experts", "dispatcher", "recompute", "fp8", "fp8_recipe", "mcore")
+     "capacity_factor", "experts", "dispatcher", "recompute", "recompute_modules",
+     "recompute_method", "recompute_layers", "fp8", "fp8_recipe", "mcore")
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ _ABSENT = object()
 # Our keys that say how a network is trained or computed, not what it is.
 _NOT_ARCHITECTURE = frozenset(
     ("init_from", "vocab_multiple", "init_std", "dropout", "balancing", "aux_loss_coeff", "z_loss_coeff",
-     "bias_update_rate", "capacity_factor", "experts", "dispatcher", "recompute", "fp8", "fp8_recipe", "mcore")
+     "bias_update_rate", "capacity_factor", "experts", "dispatcher", "recompute", "recompute_modules",
+     "recompute_method", "recompute_layers", "fp8", "fp8_recipe", "mcore")
 )  # fmt: skip
 
 # Forms of keys that set none of ours alone; null is allowed.

@@ -65,6 +65,27 @@ _CASES: dict[int, list[list[str]]] = {
 }
 
 
+def test_activations_follow_what_is_computed_again() -> None:
+    def kept(*overrides: str) -> int:
+        settings = settings_without_corpus([*_NETWORK, "upcycle.stages=[]", *overrides], 1)
+        return footprint(settings, 0, 1, _VOCABULARY, flash=False).ranks[0].activations
+
+    chosen = "model.recompute=selective"
+    names = ("core_attn", "layernorm", "mlp", "moe_act", "shared_experts", "moe")
+    parts = {name: kept(chosen, f"model.recompute_modules=[{name}]") for name in names}
+    everything = kept()
+    # Of two MoE layers (and two dense ones) the part of one is there once more while it is computed again.
+    assert all(parts[name] < everything for name in names)
+    assert parts["moe"] < parts["moe_act"] and parts["moe"] < parts["shared_experts"]
+    assert kept(chosen) == parts["core_attn"]
+    full = [kept("model.recompute=full", f"model.recompute_layers={unit}") for unit in (1, 2, 4)]
+    assert full[0] < full[1] < full[2]  # one unit stands whole
+    block = [
+        kept("model.recompute=full", "model.recompute_method=block", f"model.recompute_layers={n}") for n in (1, 2, 4)
+    ]
+    assert everything > block[1] > block[2] == full[0]
+
+
 def _measure(overrides: list[str]) -> list[dict[str, int]]:
     """Bytes that this rank really holds in every stage of a run after one step."""
     import torch

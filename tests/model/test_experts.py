@@ -210,10 +210,6 @@ def _refusals() -> None:
 
     cases = [
         ({"hidden_size": 36, "params_dtype": torch.bfloat16}, "hidden_size=36 must be a multiple of 8 .* use 40"),
-        (
-            {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True},
-            "recompute_modules has moe_act",
-        ),
         ({"moe_ffn_hidden_size": 50}, "moe_ffn_hidden_size=50 must be a multiple of 4 .* use 52"),
     ]
     for changes, message in cases:
