@@ -67,14 +67,15 @@ _CASES: dict[int, list[list[str]]] = {
 
 def test_activations_follow_what_is_computed_again() -> None:
     def kept(*overrides: str) -> int:
-        settings = settings_without_corpus([*_NETWORK, "upcycle.stages=[]", *overrides], 1)
+        even = ["model.dense_first=2", "model.moe_period=1", "upcycle.stages=[]"]
+        settings = settings_without_corpus([*_NETWORK, *even, *overrides], 1)
         return footprint(settings, 0, 1, _VOCABULARY, flash=False).ranks[0].activations
 
     chosen = "model.recompute=selective"
     names = ("core_attn", "layernorm", "mlp", "moe_act", "shared_experts", "moe")
     parts = {name: kept(chosen, f"model.recompute_modules=[{name}]") for name in names}
     everything = kept()
-    # Of two MoE layers (and two dense ones) the part of one is there once more while it is computed again.
+    # Of two MoE layers and two dense ones: what one layer computes again is there once more.
     assert all(parts[name] < everything for name in names)
     assert parts["moe"] < parts["moe_act"] and parts["moe"] < parts["shared_experts"]
     assert kept(chosen) == parts["core_attn"]
