@@ -9,6 +9,8 @@ STAMP    := $(VENV)/.ready
 RUN      ?= runs/demo
 # A GPU machine brings its own torch.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,python3)
+# More for gpu_check.py: GPU_ARGS="--sections machine,train".
+GPU_ARGS ?=
 # The 3.12 environment of `make test-latest`.
 PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
@@ -77,8 +79,9 @@ bench: setup corpus  ## benchmarks/: every measured claim, side by side (about h
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/observation.py
 
-gpu-check: ## verify and measure on this machine's GPU everything that lacks a GPU figure (under 8 minutes; GPU_PYTHON=python3 by default)
-	$(GPU_PYTHON) benchmarks/gpu_check.py
+gpu-check: ## verify and measure on this machine's GPUs everything that lacks a GPU figure (under 8 minutes; GPU_PYTHON=python3 by default)
+	@sh benchmarks/gpu_setup.sh "$(GPU_PYTHON)"
+	PYTHONPATH="gpu-bundle/site:$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_ARGS)
 
 study-small: setup corpus  ## fixed E, grown, and fixed mE at the same tokens: gap closure and jumps (about 25 minutes)
 	$(BIN)/python benchmarks/study_small.py

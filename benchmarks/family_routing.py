@@ -103,8 +103,8 @@ def make(scale: Scale) -> tuple[list[Any], Callable[[], None]]:
     )  # fmt: skip
     use_fused_update(optimizer)
     config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
-    tokens = torch.randint(vocabulary, (scale.batch, scale.sequence))
-    positions = torch.arange(scale.sequence).expand(scale.batch, -1)
+    tokens = torch.randint(vocabulary, (scale.batch, scale.sequence), device=layout.device)
+    positions = torch.arange(scale.sequence, device=layout.device).expand(scale.batch, -1)
 
     def forward(_: Any, wrapped: Any) -> Any:
         return wrapped(tokens, positions, None, labels=tokens.roll(-1, 1)), lambda out: (out.mean(), {})
@@ -130,8 +130,13 @@ def measure(scale: Scale, rounds: int) -> dict[str, Any]:
     chunks, step = make(scale)
     step()  # mcore's schedule sets the scale of auxiliary losses, which the router alone would set in another shape
     router = family_routers(chunks)[0]
-    hidden = torch.randn(scale.sequence, scale.batch, scale.hidden).bfloat16().requires_grad_()
-    gradient = torch.randn(scale.sequence * scale.batch, scale.experts)
+    device = router.weight.device
+    hidden = torch.randn(scale.sequence, scale.batch, scale.hidden, device=device).bfloat16().requires_grad_()
+    gradient = torch.randn(scale.sequence * scale.batch, scale.experts, device=device)
+
+    def settle() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     def route() -> None:
         probs, _ = router(hidden)
@@ -144,9 +149,11 @@ def measure(scale: Scale, rounds: int) -> dict[str, Any]:
             set_release(chunks, RELEASES[name])
             for what, act, times in (("router", route, 10), ("step", step, 1)):
                 act()  # caches are warm for this kind of routing
+                settle()
                 began = time.perf_counter()
                 for _ in range(times):
                     act()
+                settle()
                 if number:
                     seconds[name][what].append((time.perf_counter() - began) / times)
     medians = {name: {what: statistics.median(s) for what, s in both.items()} for name, both in seconds.items()}

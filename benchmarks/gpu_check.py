@@ -1,111 +1,220 @@
-"""Verifies and measures on the GPU that is here everything that still lacks a GPU figure: `make gpu-check`.
+"""Verifies and measures on the GPUs that are here everything that still lacks a GPU figure: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--only machine,train] [--small] [--output FILE]
+    python benchmarks/gpu_check.py [--sections machine,train] [--small] [--processes N] [--output FILE]
+    python benchmarks/gpu_check.py --show benchmarks/results/gpu_check.json     the file as a table for the guide
 
 Every section runs in a process of its own with a time limit, so that one that fails or hangs costs only itself, and the
-whole ends within eight minutes. Prints a table as it goes and writes benchmarks/results/gpu_check.json: each row has a
-name, a value with its unit, the goal where there is one, and whether it is met; the file has the card, the versions, the
-date and the command. Without a GPU only `--small` runs: the same sections on CPU with tiny shapes, which say that the code
-works and nothing about speed (tests/benchmarks/test_gpu_check.py).
+whole ends within eight minutes. Rows are printed as they come, and the result file is written again after each one: what
+is stopped keeps what it had. The file (benchmarks/results/gpu_check.json) has the card, the versions, the date, the git
+commit and the command; each row has a name, a value with its unit, the goal where there is one, and whether it is met.
+Sections that need several GPUs run with one process on each, and are left out where there is one. Without a GPU only
+`--small` runs: the same sections on CPU with tiny shapes, which say that the code works and nothing about speed
+(tests/benchmarks/test_gpu_check.py). What has to be installed: benchmarks/gpu_setup.sh says what is missing.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu import SECTIONS
+from benchmarks.gpu import SECTIONS, WHOLE
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULT = _ROOT / "benchmarks" / "results" / "gpu_check.json"
 
 
-def run_section(name: str, small: bool, seconds: int) -> dict[str, Any]:
-    """One section in its own process.
+def run_section(
+    name: str, small: bool, seconds: float, processes: int, say: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """One section in its own process, or processes.
 
     Args:
         name: of the section.
         small: tiny shapes.
         seconds: after which it is killed, with all it has started.
+        processes: it runs with; more than 1 are started by torchrun.
+        say: called with the section's state so far after each row.
 
     Returns:
         Its rows; `error`, one line, if it did not end well; and the seconds that it took.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), "--section", name, *(["--small"] if small else [])]
-    began = time.monotonic()
+    python = [sys.executable]
+    if SECTIONS[name].many:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*python, str(Path(__file__).resolve()), "--section", name, *(["--small"] if small else [])]
+    began, rows, said = time.monotonic(), [], []
+    found: dict[str, Any] = {"rows": rows, "seconds": 0.0}
     with subprocess.Popen(
         command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
+
+        def stop() -> None:
+            said.append(f"stopped after {seconds:.0f} s")
             os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            output += f"\nstopped after {seconds} s"
-    lines = output.splitlines()
-    rows = [json.loads(line.removeprefix("ROW ")) for line in lines if line.startswith("ROW ")]
-    found: dict[str, Any] = {"rows": rows, "seconds": round(time.monotonic() - began, 1)}
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                rows.append(json.loads(line.removeprefix("ROW ")))
+                found["seconds"] = round(time.monotonic() - began, 1)
+                say(found)
+            elif line.strip():
+                said.append(line.rstrip())
+        process.wait()
+        timer.cancel()
+    found["seconds"] = round(time.monotonic() - began, 1)
     if process.returncode or not rows:
-        said = [line for line in lines if line.strip() and not line.startswith("ROW ")]
-        found["error"] = said[-1] if said else f"exit code {process.returncode}"
+        stopped = [line for line in said if line.startswith("stopped after")]
+        found["error"] = stopped[0] if stopped else said[-1] if said else f"exit code {process.returncode}"
         found["output"] = said[-40:]
     return found
 
 
 def show(row: dict[str, Any]) -> str:
-    """A row of the table."""
-    value = row["value"]
-    text = f"{value:,.4g}" if isinstance(value, float) else str(value)
+    """A row on the screen."""
     goal = f"   goal {row['goal']}: {'met' if row['met'] else 'NOT MET'}" if row.get("goal") else ""
-    return f"  {row['name']:<64} {text} {row['unit']}{goal}"
+    return f"  {row['name']:<64} {_value(row)}{goal}"
+
+
+def _value(row: dict[str, Any]) -> str:
+    value = row["value"]
+    return f"{f'{value:,.4g}' if isinstance(value, float) else value} {row['unit']}".strip()
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """A result file as the table of the guide, with command, machine, versions and date below it."""
+    lines = ["| what | value | goal | met |", "|---|---|---|---|"]
+    for name, section in result["sections"].items():
+        for row in section["rows"]:
+            met = {True: "yes", False: "**no**", None: ""}[row["met"]]
+            lines.append(f"| {name}: {row['name']} | {_value(row)} | {row['goal']} | {met} |")
+        if "error" in section:
+            lines.append(f"| {name} | failed: {section['error'].replace('|', '/')} | | **no** |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines += ["", f"`{result['command']}`, {result['cards']} x {result['card']}, {versions}, commit {result['commit']}, "
+              f"{result['date']}, {result['seconds']:.0f} s."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for package in ("torch", "megatron-core", "transformer-engine", "torchtitan"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The commit that is measured; a copy without git's folder says so."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return told.stdout.strip() or "unknown (no git here)"
+
+
+def _section_main(name: str, small: bool) -> int:
+    from benchmarks.gpu.rows import print_row
+
+    for row in SECTIONS[name].load()(small):
+        if os.environ.get("RANK", "0") == "0":
+            print_row(row)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    about = "\n".join(
+        f"  {name:<8} {section.about} (at most {section.seconds} s)" for name, section in SECTIONS.items()
+    )
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nSections, in this order:\n{about}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sections", "--only", metavar="A,B", help="only these, separated by commas")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, on CPU too")
+    parser.add_argument("--processes", type=int, metavar="N", help="of sections on several GPUs; all GPUs by default")
+    parser.add_argument("--output", type=Path, default=_RESULT, metavar="FILE", help="where the result goes")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print a result file as a table, and measure nothing")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run the sections and write the result. Returns the exit status: 0 if every section ran and every check held."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help=f"sections, separated by commas, of: {', '.join(SECTIONS)}")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, on CPU too")
-    parser.add_argument("--output", type=Path, default=_RESULT, metavar="FILE")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.section:
-        from benchmarks.gpu.rows import print_row
-
-        for row in SECTIONS[options.section].load()(options.small):
-            print_row(row)
+    options = _options()
+    if options.show:
+        print(as_table(json.loads(options.show.read_text())))
         return 0
-    import torch
-
-    if not torch.cuda.is_available() and not options.small:
-        print("error: no CUDA device is visible: run this where there is one, or use --small", file=sys.stderr)
-        return 2
-    names = options.only.split(",") if options.only else list(SECTIONS)
+    if options.section:
+        return _section_main(options.section, options.small)
+    names = options.sections.split(",") if options.sections else list(SECTIONS)
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
-        print(f"error: --only {unknown[0]} is unknown: use {', '.join(SECTIONS)}", file=sys.stderr)
+        print(f"error: --sections {unknown[0]} is unknown: use {', '.join(SECTIONS)}", file=sys.stderr)
         return 2
-    began, sections = time.monotonic(), {}
+    import torch
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not cards and not options.small:
+        print("error: no CUDA device is visible: run this where there is one, or use --small", file=sys.stderr)
+        return 2
+    processes = options.processes or max(cards, 1)
+    if cards and processes > cards:
+        print(f"error: --processes {processes} on {cards} visible GPUs: use at most {cards}", file=sys.stderr)
+        return 2
+    sections: dict[str, Any] = {}
+    result = {
+        "card": torch.cuda.get_device_name() if cards else "none: CPU, tiny shapes", "cards": processes,
+        "versions": _versions(), "commit": _commit(), "date": time.strftime("%Y-%m-%d"),
+        "command": "python " + " ".join(sys.argv), "small": options.small, "seconds": 0.0, "sections": sections,
+    }  # fmt: skip
+    began = time.monotonic()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        result["seconds"] = round(time.monotonic() - began, 1)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
     for name in names:
-        print(f"{name}: {SECTIONS[name].about}", flush=True)
-        sections[name] = run_section(name, options.small, SECTIONS[name].seconds)
-        for row in sections[name]["rows"]:
-            print(show(row), flush=True)
+        section = SECTIONS[name]
+        if section.many and processes < 2:
+            print(f"{name}: left out, it needs at least 2 GPUs", flush=True)
+            continue
+        print(f"{name}: {section.about}", flush=True)
+
+        def say(found: dict[str, Any], name: str = name) -> None:
+            sections[name] = found
+            print(show(found["rows"][-1]), flush=True)
+            write()
+
+        # Tiny shapes on a CPU that others use too may take longer, and nobody waits for a lent card.
+        limit = 600 if options.small else min(section.seconds, WHOLE - (time.monotonic() - began))
+        if limit < 5:
+            sections[name] = {"rows": [], "seconds": 0.0, "error": f"not begun: the {WHOLE} s are over"}
+        else:
+            sections[name] = run_section(name, options.small, limit, processes, say)
         if "error" in sections[name]:
             print(f"  FAILED after {sections[name]['seconds']} s: {sections[name]['error']}", flush=True)
-    result = {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: CPU, tiny shapes",
-        "date": time.strftime("%Y-%m-%d"), "command": "python " + " ".join(sys.argv), "small": options.small,
-        "seconds": round(time.monotonic() - began, 1), "sections": sections,
-    }  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write()
+    write()
     rows = [row for section in sections.values() for row in section["rows"]]
     failed = [name for name, section in sections.items() if "error" in section]
     checks = [row["name"] for row in rows if row.get("check") and not row["met"]]

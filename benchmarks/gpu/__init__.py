@@ -1,9 +1,12 @@
-"""Sections of `benchmarks/gpu_check.py`: what each measures, how long it may take, where its code is."""
+"""Sections of `benchmarks/gpu_check.py`, the most valuable first: what each measures, how long it may take, where it is."""
 
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+# What the whole may take, in seconds: a section gets its own limit or what is left of this.
+WHOLE = 470
 
 
 @dataclass(frozen=True)
@@ -12,13 +15,15 @@ class Section:
 
     Attributes:
         about: one line.
-        seconds: after which it is stopped.
+        seconds: after which it is stopped; rows printed by then count.
         module: in this folder; its `rows(small)` yields the rows.
+        many: it runs on several processes, one per GPU, and is left out where there is only one.
     """
 
     about: str
     seconds: int
     module: str
+    many: bool = False
 
     def load(self) -> Callable[[bool], Iterable[dict[str, Any]]]:
         """The function that measures, imported only in the section's own process."""
@@ -28,10 +33,14 @@ class Section:
 
 
 SECTIONS = {
-    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 40, "machine"),
-    "experts": Section("our grouped GEMM over the ceiling, by tokens and skew", 70, "experts"),
-    "kinds": Section("one checkpoint read by every expert module: the same losses", 80, "kinds"),
+    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 30, "machine"),
     "switch": Section("the live switch: bit-identical to the checkpoint path, pause, peak memory", 90, "switch"),
-    "fp8": Section("FP8 through an expansion, against bf16", 70, "fp8"),
-    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 130, "train"),
+    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 110, "train"),
+    "several": Section("on all GPUs: 7B to 13B, EP growth, dispatchers, overlap", 110, "several", many=True),
+    "experts": Section("grouped GEMM over the ceiling, by tokens and skew", 45, "experts"),
+    "fp8": Section("FP8 through an expansion, against bf16", 60, "fp8"),
+    "family": Section("family routing's cost per step", 35, "family"),
+    "peer": Section("one MoE block beside torchtitan's", 30, "peer"),
+    "kinds": Section("one checkpoint read by every expert module: the same losses", 45, "kinds"),
+    "faults": Section("out of memory and too many processes, on purpose", 25, "faults"),
 }

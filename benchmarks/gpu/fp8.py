@@ -39,8 +39,9 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
     if small or not have_transformer_engine() or capability < (8, 9):
         yield row("FP8", "not possible here: needs Transformer Engine and compute capability 8.9")
         return
-    recipes = ["delayed", "tensorwise", *(["blockwise"] if capability >= (9, 0) else [])]
-    with tempfile.TemporaryDirectory() as name, mock.patch("train.report.write_report"):
+    recipes = ["delayed", "tensorwise", *(["blockwise"] if capability >= (9, 0) else []),
+               *(["mxfp8"] if capability >= (10, 0) else [])]  # fmt: skip
+    with tempfile.TemporaryDirectory() as name, mock.patch("train.job._report"):
         folder = Path(name)
         prefix = corpus(folder)
         plain = _run(folder, "bf16", prefix, [])

@@ -29,7 +29,7 @@ def _losses(run_dir: Path) -> list[float]:
 def rows(small: bool) -> Iterator[dict[str, Any]]:
     """Train 3 steps with each module, and 3 more with each other one from its checkpoint."""
     kinds = (["te"] if have_transformer_engine() and torch.cuda.is_available() else []) + ["grouped", "sequential"]
-    with tempfile.TemporaryDirectory() as name, mock.patch("train.report.write_report"):
+    with tempfile.TemporaryDirectory() as name, mock.patch("train.job._report"):
         folder = Path(name)
         prefix = corpus(folder)
         common = [

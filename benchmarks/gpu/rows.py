@@ -70,3 +70,24 @@ def corpus(folder: Path) -> Path:
     request = CorpusRequest(inputs=inputs, output=str(folder / "corpus"), validation_fraction=0.2)
     build_corpus(request, say=lambda line: None)
     return folder / "corpus"
+
+
+def fitting(candidates: list[list[str]], processes: int = 1, flash: bool = True) -> list[str]:
+    """The first of several runs that fits this device by the arithmetic of `python -m launch plan`.
+
+    Args:
+        candidates: overrides of each, the most wanted first; the last is taken if none fits.
+        processes: that share it.
+        flash: attention keeps no scores.
+    """
+    from launch.plan import needed_bytes, settings_without_corpus
+
+    if not torch.cuda.is_available():
+        return candidates[0]
+    free, _ = torch.cuda.mem_get_info()
+    # Buffers of kernels, of a switch's messages and of the allocator are not in the arithmetic.
+    room = free * 0.9 - 4 * 2**30
+    for overrides in candidates:
+        if needed_bytes(settings_without_corpus(overrides, processes), processes, 320, flash, 2**30) <= room:
+            return overrides
+    return candidates[-1]

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.py"
+from benchmarks import gpu_check
+from benchmarks.gpu import SECTIONS, WHOLE
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SCRIPT = _ROOT / "benchmarks" / "gpu_check.py"
 
 
 def _check(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
@@ -19,13 +23,20 @@ def _check(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess
     return done, json.loads(output.read_text()) if output.exists() else {}
 
 
+def _rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for section in result["sections"].values() for row in section["rows"]}
+
+
 def test_the_quick_sections_run_and_are_written_down(tmp_path: Path) -> None:
-    done, result = _check(tmp_path, "--small", "--only", "machine,experts")
+    done, result = _check(tmp_path, "--small", "--sections", "machine,experts")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(result["sections"]) == {"machine", "experts"} and "command" in result and "date" in result
-    rows = {row["name"]: row for section in result["sections"].values() for row in section["rows"]}
+    assert set(result["sections"]) == {"machine", "experts"}
+    assert all(result[key] for key in ("card", "cards", "versions", "commit", "date", "command"))
+    rows = _rows(result)
     assert rows["ceiling of a bf16 product"]["value"] > 0
     assert rows["grouped product against fp32, relative error"]["met"] is True
+    table = gpu_check.as_table(result)
+    assert "| machine: ceiling of a bf16 product |" in table and result["commit"] in table and result["date"] in table
 
 
 @pytest.mark.slow
@@ -34,10 +45,53 @@ def test_all_sections_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for section in result["sections"].values() for row in section["rows"]]
     assert len(rows) > 25 and all(row["met"] for row in rows if row["check"])
+    assert set(SECTIONS) - set(result["sections"]) == {"several"}
+
+
+@pytest.mark.slow
+def test_two_processes_grow_ep_bit_for_bit(tmp_path: Path) -> None:
+    done, result = _check(tmp_path, "--small", "--sections", "several", "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = _rows(result)
+    assert rows["state after the live switch and after the checkpoint path, EP 1 to 2"]["value"] == "equal"
+    assert rows["beside the checkpoint path, EP 1 to 2: moved between GPUs"]["value"] > 0
+    assert rows["EP 2, alltoall, overlap: step"]["value"] > 0
 
 
 def test_no_gpu_and_unknown_sections_are_refused(tmp_path: Path) -> None:
     done, result = _check(tmp_path)
     assert done.returncode == 2 and "--small" in done.stderr and not result
-    done, result = _check(tmp_path, "--small", "--only", "nonsense")
+    done, result = _check(tmp_path, "--small", "--sections", "nonsense")
     assert done.returncode == 2 and "nonsense" in done.stderr and not result
+
+
+def test_a_section_that_hangs_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import time\nprint('ROW ' + '{\"name\": \"a\", \"value\": 1.0}', flush=True)\nprint('at work', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    seen: list[int] = []
+    found = gpu_check.run_section("machine", True, 1.5, 1, lambda found: seen.append(len(found["rows"])))
+    assert seen == [1] and found["rows"][0]["value"] == 1.0
+    assert found["error"] == "stopped after 2 s" and "at work" in found["output"] and found["seconds"] < 20
+
+
+def test_sections_of_one_gpu_fit_into_eight_minutes() -> None:
+    assert sum(section.seconds for section in SECTIONS.values() if not section.many) <= WHOLE < 480
+
+
+def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    # A Python whose torch is there and nothing else: the standard library and an empty package.
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}:$PYTHONPATH" exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    copy = tmp_path / "benchmarks" / "gpu_setup.sh"
+    copy.parent.mkdir()
+    copy.write_text((_ROOT / "benchmarks" / "gpu_setup.sh").read_text())
+    done = subprocess.run(["sh", str(copy), str(python)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "hydra-core" in done.stderr and "gpu-bundle" in done.stderr

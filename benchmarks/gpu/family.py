@@ -1,0 +1,32 @@
+"""What family routing costs per step over plain top-K: benchmarks/family_routing.py on this device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.gpu.rows import row
+from parallel.compat import forget_models, prepare_megatron
+
+prepare_megatron()
+
+from benchmarks.family_routing import SCALES, Scale, measure  # noqa: E402
+from parallel.layout import join_job, leave_job  # noqa: E402
+
+_LARGE = (
+    Scale("32 to 64 experts, twice each", 32, 64, 2, 4, 2048, 3072, 4096, 1, False),
+    Scale("128 to 256 experts, greedy", 128, 256, 8, 4, 1024, 512, 4096, 2, True),
+)
+
+
+def rows(small: bool) -> Iterator[dict[str, Any]]:
+    """Router times, and what is added to a step."""
+    joined = join_job(600)
+    for scale in SCALES[:1] if small else _LARGE:
+        forget_models()
+        found = measure(scale, 2 if small else 8)
+        yield row(f"{scale.name}: plain step", found["seconds"]["plain"]["step"] * 1e3, "ms")
+        yield row(f"{scale.name}: plain router", found["seconds"]["plain"]["router"] * 1e3, "ms")
+        for name in ("families", "half released"):
+            share = found[name]["added_share_of_step"]
+            yield row(f"{scale.name}: added by {name}, over a step", share, goal="at most 0.02", met=share <= 0.02)
+            yield row(f"{scale.name}: whole steps, {name} over plain", found[name]["step_ratio"])
+    leave_job(joined)
