@@ -251,51 +251,24 @@ def plan_expansion(
     Raises:
         ExpansionError: if a rule cannot reach the target.
     """
-    after = rules.target(experts_before)
     if not rules.grows():
-        same = tuple(range(experts_before))
-        return ExpansionPlan(
-            step=rules.at_step,
-            stage=stage,
-            experts_before=experts_before,
-            experts_after=experts_before,
-            layers=tuple(LayerPlan(n, same, (1,) * experts_before) for n in model.moe_layer_numbers()),
-            selection={"rule": "none"},
-            seed=seed,
-        )
-    groups = model.router_groups or 1
-    placed: dict[int, Placed] = {}
-    layers = []
+        return _same_experts(rules, model, stage, experts_before, seed)
     ep_before = ep_ranks if ep_ranks_before is None else ep_ranks_before
     if homes is None and ep_before == ep_ranks and experts_before % ep_ranks == 0:
         homes = contiguous(experts_before, ep_ranks)
+    layers, placed = [], {}
     for number in model.moe_layer_numbers():
-        layer_scores = None if scores is None else tuple(float(s) for s in scores[number])
-        copies = select_copies(
-            rules.selection,
-            layer_scores,
-            experts_before,
-            after,
-            rules.max_extra_copies,
-            groups,
-            temperature=rules.temperature,
-            generator=f"selection/{seed}/{stage}/{number}",
-        )
-        placed[number] = place(
-            copies,
-            rule=rules.placement,
-            ep_ranks=ep_ranks,
-            loads_E=None if loads is None else loads[number],
-            homes=homes,
-            groups=groups,
-            bound=rules.max_load_imbalance,
-        )
-        layers.append(LayerPlan(number, placed[number].parents, tuple(copies), layer_scores))
+        scores_E = None if scores is None else tuple(float(s) for s in scores[number])
+        loads_E = None if loads is None else loads[number]
+        draw = f"selection/{seed}/{stage}/{number}"
+        copies_E = _copies(rules, model, experts_before, scores_E, draw)
+        placed[number] = _place(rules, model, copies_E, loads_E, ep_ranks, homes)
+        layers.append(LayerPlan(number, placed[number].parents, tuple(copies_E), scores_E))
     return ExpansionPlan(
         step=rules.at_step,
         stage=stage,
         experts_before=experts_before,
-        experts_after=after,
+        experts_after=rules.target(experts_before),
         layers=tuple(layers),
         selection=_selection_record(rules),
         placement=_placement_record(rules, placed, loads, ep_before, ep_ranks),
@@ -305,6 +278,56 @@ def plan_expansion(
         bias_noise=rules.noise(),
         mode=rules.mode,
         seed=seed,
+    )
+
+
+def _same_experts(rules: StageConfig, model: ModelConfig, stage: int, experts: int, seed: int) -> ExpansionPlan:
+    """The plan of a stage that adds none."""
+    same = tuple(range(experts))
+    return ExpansionPlan(
+        step=rules.at_step,
+        stage=stage,
+        experts_before=experts,
+        experts_after=experts,
+        layers=tuple(LayerPlan(n, same, (1,) * experts) for n in model.moe_layer_numbers()),
+        selection={"rule": "none"},
+        seed=seed,
+    )
+
+
+def _copies(
+    rules: StageConfig, model: ModelConfig, experts_before: int, scores_E: Sequence[float] | None, draw: str
+) -> list[int]:
+    """How many copies each expert of a layer gets, [E]; `draw` names the generator."""
+    return select_copies(
+        rules.selection,
+        scores_E,
+        experts_before,
+        rules.target(experts_before),
+        rules.max_extra_copies,
+        model.router_groups or 1,
+        temperature=rules.temperature,
+        generator=draw,
+    )
+
+
+def _place(
+    rules: StageConfig,
+    model: ModelConfig,
+    copies_E: Sequence[int],
+    loads_E: Sequence[float] | None,
+    ep_ranks: int,
+    homes: Sequence[Collection[int]] | None,
+) -> Placed:
+    """In which order the copies of a layer stand."""
+    return place(
+        copies_E,
+        rule=rules.placement,
+        ep_ranks=ep_ranks,
+        loads_E=loads_E,
+        homes=homes,
+        groups=model.router_groups or 1,
+        bound=rules.max_load_imbalance,
     )
 
 
