@@ -3,10 +3,8 @@
 `ok` needs no thought, `warning` may be meant, `problem` would stop a run or spoil it and names its remedy.
 """
 
-import importlib.metadata
 import importlib.util
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -25,6 +23,8 @@ from parallel.errors import CoppiceError, DataError
 from parallel.transformer_engine import version_problem
 from train.config import RunSettings
 
+# What decides how a run behaves.
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "deep-ep", "numpy")
 STATES = ("ok", "warning", "problem")
 # Clocks further apart than the first make logs of ranks hard to read; than the second, something is wrong with one.
 SKEW_WARNING_SECONDS, SKEW_PROBLEM_SECONDS = 1.0, 60.0
@@ -61,17 +61,6 @@ def guarded(name: str, check: Callable[[], list[Check]]) -> list[Check]:
 
 
 # ---- versions and devices --------------------------------------------------------------------------------------------
-
-
-def installed() -> dict[str, str]:
-    """Versions of what decides how a run behaves; absent packages are left out. Nothing is imported."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "megatron-core", "transformer-engine", "deep-ep", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def check_versions(found: Mapping[str, str], has_gpu: bool) -> list[Check]:
@@ -280,7 +269,7 @@ class RankFacts:
 
     Attributes:
         host: its machine.
-        versions: of `installed`.
+        versions: of `PACKAGES`.
         gpus: kinds that it sees.
         seconds: its wall clock right after a barrier.
         checks: answers of its local checks.

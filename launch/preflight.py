@@ -20,6 +20,7 @@ from launch import checks
 from launch.checks import Check, RankFacts, guarded
 from launch.plan import settings_without_corpus
 from parallel.errors import ConfigError, CoppiceError, LaunchError
+from parallel.installed import installed
 from train.config import RunSettings
 
 
@@ -73,7 +74,7 @@ class Here:
 
     Attributes:
         checks: its answers.
-        versions: of `checks.installed`.
+        versions: of `checks.PACKAGES`.
         gpus: kinds that it sees.
         settings: of the run; None if they cannot be.
     """
@@ -86,7 +87,7 @@ class Here:
 
 def look_here(overrides: list[str], processes: int) -> Here:
     """Everything that one process can find out by itself."""
-    versions = checks.installed()
+    versions = installed(checks.PACKAGES)
     if "torch" not in versions or "megatron-core" not in versions:
         # Nothing else can be imported.
         return Here(checks.check_versions(versions, has_gpu=False), versions)

@@ -19,7 +19,6 @@ import io
 import logging
 import os
 import pickle
-import platform
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.cpu_runtime import install_cpu_runtime
 from parallel.errors import CheckpointError, ConfigError
+from parallel.installed import installed
 from parallel.safe_pickle import IndexReader, load_plain, read_index, unreadable
 from parallel.transformer_engine import refuse_unusable
 
@@ -56,12 +56,9 @@ _COMMON = "common_state"
 
 def versions() -> dict[str, str]:
     """Versions that decide how a run behaves, for the run's records; an absent package is left out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("coppice", "megatron-core", "transformer-engine", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = installed(("torch", "coppice", "megatron-core", "transformer-engine", "numpy"))
+    # Says of which CUDA it is, also where its metadata does not.
+    found["torch"] = torch.__version__
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found

@@ -93,6 +93,14 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
+def close_flushed(file: IO[bytes] | None) -> None:
+    """Close a file once its bytes are on the disk; nothing where none is open."""
+    if file is not None:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+
 class _Window(io.RawIOBase):
     """One archive inside a file of many."""
 
@@ -359,19 +367,13 @@ class TensorWriter:
 
     def _current(self) -> io.BufferedWriter:
         if self._file is not None and self._file.tell() >= self._file_bytes:
-            self._close()
+            close_flushed(self._file)
+            self._file = None
         if self._file is None:
             # As torch names the files of rank 0.
-            self._file = open(self._directory / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115 (`_close` closes it)
+            self._file = open(self._directory / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115 (`close_flushed` closes it)
             self._files += 1
         return self._file
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
 
     def finish(self) -> None:
         """Flush to disk and write the index.
@@ -385,7 +387,8 @@ class TensorWriter:
                     f"checkpoint {self._directory} was given only a part of {key}: it is not complete"
                 )
         with self._writing():
-            self._close()
+            close_flushed(self._file)
+            self._file = None
             writer = FileSystemWriter(self._directory)
             writer.set_up_storage_writer(True)
             writer.finish(Metadata(state_dict_metadata=dict(self._tensors)), [self._results])

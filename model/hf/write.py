@@ -12,7 +12,6 @@ tensors' bytes, so with the sizes known beforehand a file can be written in orde
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +20,7 @@ import torch
 
 from model.hf.source import DTYPES, INDEX, SINGLE
 from parallel.errors import CheckpointError
+from parallel.stream_files import close_flushed
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGN = 8
@@ -91,7 +91,7 @@ class ShardWriter:
         self._left -= len(data)
 
     def _open(self, number: int) -> None:
-        self._close()
+        close_flushed(self._file)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name in self._shards[number]:
@@ -101,15 +101,8 @@ class ShardWriter:
             at = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGN)
-        self._file = open(self._folder / self.file_of(number), "wb")  # noqa: SIM115 (`_close` closes it)
+        self._file = open(self._folder / self.file_of(number), "wb")  # noqa: SIM115 (`close_flushed` closes it)
         self._file.write(len(text).to_bytes(8, "little") + text)
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
 
     def finish(self) -> None:
         """Flush, and write the index where there are several shards.
@@ -117,7 +110,8 @@ class ShardWriter:
         Raises:
             CheckpointError: if a tensor was not written.
         """
-        self._close()
+        close_flushed(self._file)
+        self._file = None
         if self._left or self._next != len(self.order):
             raise CheckpointError(
                 f"{self._folder} is not complete: {len(self.order) - self._next} tensors were not written"

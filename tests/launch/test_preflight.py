@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launch import checks
+from launch import checks, preflight
 from launch.__main__ import main
 from launch.checks import Check, Gpus, RankFacts
 from launch.preflight import exit_code
@@ -116,9 +116,9 @@ def test_ranks_that_differ_are_named() -> None:
 @contextlib.contextmanager
 def _faults(fault: str) -> Iterator[None]:
     """What goes wrong on rank 1 of this process's job."""
-    installed, text = checks.installed, Path.read_text
+    installed, text = preflight.installed, Path.read_text
     if os.environ["RANK"] == "1" and fault == "version":
-        checks.installed = lambda: {**installed(), "torch": "2.0.0"}
+        preflight.installed = lambda packages: {**installed(packages), "torch": "2.0.0"}
     if os.environ["RANK"] == "1" and fault == "files":
         checks._VISIBLE_SECONDS = 0.3
 
@@ -131,7 +131,7 @@ def _faults(fault: str) -> Iterator[None]:
     try:
         yield
     finally:
-        checks.installed, Path.read_text = installed, text  # type: ignore[method-assign]
+        preflight.installed, Path.read_text = installed, text  # type: ignore[method-assign]
 
 
 def _together(words: list[str], faults: list[str]) -> list[tuple[int, str]]:
