@@ -1,1 +1,1 @@
-"""Hydra YAML presets: values only. The typed schema lives in train/config.py."""
+"""Hydra YAML presets: values only. The typed schema is `RunSettings` of train/config.py."""

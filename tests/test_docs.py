@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -119,3 +120,10 @@ def test_every_page_is_in_the_index() -> None:
     linked = set(re.findall(r"\]\(([\w\-]+\.md)\)", (_ROOT / "docs" / "index.md").read_text()))
     assert linked == {page.name for page in _PAGES} - {"index.md"}
     assert "docs/index.md" in (_ROOT / "README.md").read_text()
+
+
+def test_an_installation_has_every_package() -> None:
+    listed = set(tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    tops = {name.partition(".")[0] for name in listed}
+    found = {".".join(f.parent.relative_to(_ROOT).parts) for top in tops for f in (_ROOT / top).rglob("__init__.py")}
+    assert listed == found

@@ -1,285 +1,31 @@
-"""Typed schema of a run. One dataclass per group; every key a user can set is a field here, with its unit.
+"""`RunSettings`: the groups of a run's configuration together, and the checks that need more than one of them.
+
+The groups are in `train/schema/`, those of the network, the layout and the stages beside what they configure.
 
 `configs/` holds values only. `train/settings.py` composes them with Hydra; `RunSettings.check` refuses what cannot run,
 before any process group or device is touched.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from model.config import ModelConfig, divides, one_of, positive
+from model.config import ModelConfig, divides
 from model.fp8 import check_sizes
 from model.performance import PerformanceConfig
 from model.recompute import check_layers
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
-from train.data.config import DataConfig
-from train.profile_config import ProfileConfig
+from train.schema.checkpoint import CheckpointConfig
+from train.schema.data import DataConfig
+from train.schema.evaluation import EvaluationConfig
+from train.schema.health import HealthConfig
+from train.schema.optimizer import OptimizerSettings, ScheduleConfig
+from train.schema.profile import ProfileConfig
+from train.schema.run import RunConfig
+from train.schema.tracking import TrackingConfig
 from upcycle.config import UpcycleConfig
 from upcycle.course import Course
-
-
-@dataclass
-class RunConfig:
-    """The run itself."""
-
-    # Folder of everything the run writes: config, metrics, events, plans, checkpoints, report.
-    dir: str = "runs/default"
-    # Root of every random choice: initialisation, data order, expansion noise.
-    seed: int = 1234
-    # Optimizer steps in all, over all stages.
-    steps: int = 1000
-    # auto continues from the newest complete checkpoint in run.dir, never starts anew in an empty folder, or a path.
-    resume: str = "auto"
-    # bf16 (fp32 masters and gradients) or fp32.
-    precision: str = "bf16"
-    # Save and stop after this step although run.steps is larger (a planned interruption); null runs to the end.
-    stop_at_step: int | None = None
-    # A progress line every so many steps.
-    log_interval_steps: int = 10
-    # What a terminal shows: a live panel or lines. auto: lines on SLURM and in CI; no terminal gets a panel it cannot show.
-    console: str = "auto"
-    # A row of per-expert load (the heat map of the report) every so many steps.
-    load_interval_steps: int = 5
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        for key in ("steps", "stop_at_step", "log_interval_steps", "load_interval_steps"):
-            positive(f"run.{key}", getattr(self, key))
-        positive("run.seed", self.seed, zero=True)
-        one_of("run.precision", self.precision, ("bf16", "fp32"))
-        one_of("run.console", self.console, ("auto", "panel", "plain"))
-        if not self.dir:
-            raise ConfigError("run.dir is empty: name a folder for the run")
-
-
-@dataclass
-class OptimizerSettings:
-    """AdamW as mcore builds it: Transformer Engine's, NVIDIA Apex's or torch's, by what is installed."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    # Gradients are scaled down to this global norm; 0 leaves them.
-    clip_grad: float = 1.0
-    # Shard masters and moments over data-parallel ranks (ZeRO-1).
-    distributed: bool = True
-    # Reduce gradients while the backward pass still runs; gather parameters while the forward pass runs.
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError(f"optimizer.{key}={getattr(self, key)} must lie in [0, 1)")
-        positive("optimizer.epsilon", self.epsilon)
-        positive("optimizer.weight_decay", self.weight_decay, zero=True)
-        positive("optimizer.clip_grad", self.clip_grad, zero=True)
-        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
-            raise ConfigError(
-                "optimizer.overlap_param_gather=true needs optimizer.distributed=true and "
-                "optimizer.overlap_grad_reduce=true"
-            )
-
-
-@dataclass
-class ScheduleConfig:
-    """Learning rate over the run, in optimizer steps."""
-
-    # wsd (warmup, stable, decay), cosine, linear or constant.
-    style: str = "wsd"
-    learning_rate: float = 3e-4
-    # Learning rate at the end of the decay.
-    min_learning_rate: float = 3e-5
-    warmup_steps: int = 0
-    # Length of the last phase of wsd; null means a tenth of the run.
-    decay_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        one_of("schedule.style", self.style, ("wsd", "cosine", "linear", "constant"))
-        positive("schedule.learning_rate", self.learning_rate)
-        positive("schedule.min_learning_rate", self.min_learning_rate, zero=True)
-        positive("schedule.warmup_steps", self.warmup_steps, zero=True)
-        positive("schedule.decay_steps", self.decay_steps)
-        if self.min_learning_rate > self.learning_rate:
-            raise ConfigError(
-                f"schedule.min_learning_rate={self.min_learning_rate} is above "
-                f"schedule.learning_rate={self.learning_rate}: lower it"
-            )
-
-
-@dataclass
-class CheckpointConfig:
-    """What is kept, and when."""
-
-    # Save every so many steps; null saves only at expansions, stops and the end.
-    interval_steps: int | None = 500
-    # Ordinary checkpoints kept; those right before and after an expansion are kept for ever. null keeps all.
-    keep_last: int | None = 2
-    # Checkpoints of steps that this divides are kept too; null keeps none of them.
-    keep_every_steps: int | None = None
-    # Write what is due at an interval in the background, from a copy in host memory; other saves are waited for.
-    asynchronous: bool = True
-    # What happens when a save at an interval fails: stop, or continue without it.
-    on_failure: str = "stop"
-    # Save the end of the run. Stops and expansions are saved always.
-    save_final: bool = True
-    # full, or model_only to accept a checkpoint without usable optimizer state knowingly; a run does so once.
-    load: str = "full"
-    # With model_only: begin the schedule anew, over the steps that are left; otherwise it goes on where it stood.
-    reset_schedule: bool = False
-    # How deep the files of a checkpoint are checked before it is loaded: sizes, or digests (all contents, by all ranks).
-    verify: str = "digests"
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        positive("checkpoint.interval_steps", self.interval_steps)
-        positive("checkpoint.keep_last", self.keep_last)
-        positive("checkpoint.keep_every_steps", self.keep_every_steps)
-        one_of("checkpoint.load", self.load, ("full", "model_only"))
-        one_of("checkpoint.on_failure", self.on_failure, ("stop", "continue"))
-        one_of("checkpoint.verify", self.verify, ("sizes", "digests"))
-        if self.reset_schedule and self.load == "full":
-            raise ConfigError(
-                "checkpoint.reset_schedule=true needs checkpoint.load=model_only: Adam's moments belong to the schedule "
-                "they were made under"
-            )
-
-
-# Name of the set that is the held-out part of the training blend.
-BLEND_SET = "valid"
-_MAX_SETS = 16
-
-
-def check_set_name(key: str, name: str) -> None:
-    """Check the name of a validation set.
-
-    Raises:
-        ConfigError: naming the key, the value and the remedy.
-    """
-    if not re.fullmatch("[a-z0-9_-]+", name):
-        raise ConfigError(f"{key}={name!r}: use lower-case letters, digits, - and _")
-
-
-@dataclass
-class EvaluationSet:
-    """One named validation set."""
-
-    # Name of the set in events, trackers and the report: lower-case letters, digits, - and _.
-    name: str = ""
-    # What `python -m train.corpus ... --output PREFIX` was given.
-    prefix: str = ""
-    # Part of the corpus that is evaluated: valid (held out by the corpus command) or train.
-    split: str = "valid"
-    # Global batches per evaluation; null takes `evaluation.batches`.
-    batches: int | None = None
-
-
-@dataclass
-class EvaluationConfig:
-    """Validation loss on the held-out part of the training corpora, and on sets of your own."""
-
-    # Evaluate every so many steps; null evaluates only around expansions and at the end.
-    interval_steps: int | None = 100
-    # Global batches per evaluation and set.
-    batches: int = 8
-    # Validation sets beside the held-out part of the training corpora (docs/evaluation.md).
-    sets: list[EvaluationSet] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        positive("evaluation.interval_steps", self.interval_steps)
-        positive("evaluation.batches", self.batches)
-        if len(self.sets) > _MAX_SETS:
-            raise ConfigError(f"evaluation.sets holds {len(self.sets)} sets: use {_MAX_SETS} at most")
-        seen = {BLEND_SET: "the held-out part of the training corpora"}
-        for i, entry in enumerate(self.sets):
-            key = f"evaluation.sets[{i}]"
-            check_set_name(f"{key}.name", entry.name)
-            if entry.name in seen:
-                raise ConfigError(f"{key}.name={entry.name} is the name of {seen[entry.name]}: choose another")
-            seen[entry.name] = key
-            if not entry.prefix:
-                raise ConfigError(f"{key}.prefix is empty: name a corpus")
-            one_of(f"{key}.split", entry.split, ("valid", "train"))
-            positive(f"{key}.batches", entry.batches)
-
-
-@dataclass
-class HealthConfig:
-    """What a run does about steps that go wrong (`train/health.py`)."""
-
-    # Bad steps in a row that are too many; before that, those that are not finite are skipped and counted.
-    bad_steps: int = 5
-    # A loss above this many times the mean of the window makes a step bad too; null: only what is not finite.
-    spike_factor: float | None = None
-    # Good steps in the window.
-    spike_window_steps: int = 50
-    # stop, or rollback: go back to the newest checkpoint from before them and train on without their samples.
-    action: str = "stop"
-    # Times that one job goes back before it stops.
-    max_rollbacks: int = 3
-    # Seconds in which no rank gets anywhere, after which the job ends and names the rank it waits for; null waits on.
-    hang_seconds: int | None = 300
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, the value and the remedy.
-        """
-        for key in ("bad_steps", "spike_window_steps", "max_rollbacks", "hang_seconds"):
-            positive(f"health.{key}", getattr(self, key))
-        one_of("health.action", self.action, ("stop", "rollback"))
-        if self.spike_factor is not None and not self.spike_factor > 1:
-            raise ConfigError(f"health.spike_factor={self.spike_factor} must be above 1: every step would be a spike")
-
-
-@dataclass
-class TrackingConfig:
-    """Charts of a run (docs/tracking.md). JSONL in run.dir is the source of truth; the run never waits for a tracker."""
-
-    # Weights & Biases, TensorBoard event files under run.dir, or nothing.
-    backend: str = "wandb"
-    # Of W&B: offline (files under run.dir), or online.
-    mode: str = "offline"
-    project: str = "coppice"
-    # Display name at W&B; null takes the name of run.dir.
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check choices.
-
-        Raises:
-            ConfigError: naming the key and the value.
-        """
-        one_of("tracking.backend", self.backend, ("none", "wandb", "tensorboard"))
-        one_of("tracking.mode", self.mode, ("offline", "online"))
 
 
 def _first_keys() -> dict[str, str]:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig, RunSettings
+from train.config import RunSettings
+from train.schema.run import RunConfig
 
 if TYPE_CHECKING:
     from train.panel import Panel

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, CoppiceError, DataError
-from train.config import EvaluationSet, check_set_name
+from train.schema.evaluation import EvaluationSet, check_set_name
 
 if TYPE_CHECKING:
     from train.evaluation import Figures

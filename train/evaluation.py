@@ -26,12 +26,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from model.divergence import Siblings
 from parallel.errors import DataError
 from parallel.layout import Layout
-from train.config import BLEND_SET, EvaluationConfig, EvaluationSet
 from train.data.batches import Batch, dataset_config, micro_batches, read_batch
-from train.data.config import CorpusWeight, DataConfig
 from train.data.manifest import CorpusManifest, load_manifest
 from train.data.stream import refuse_without_ends
 from train.data.tokenizers import Tokenizer
+from train.schema.data import CorpusWeight, DataConfig
+from train.schema.evaluation import BLEND_SET, EvaluationConfig, EvaluationSet
 from train.stage import Network
 from train.step import run_micro_batches
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.errors import CoppiceError, DataError
 from train.checkpoint.folder import Manifest, list_checkpoints, read_manifest, step_of
-from train.config import HealthConfig
 from train.run_files import write_json
+from train.schema.health import HealthConfig
 from train.stage import build_stage
 
 if TYPE_CHECKING:

@@ -22,9 +22,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, DataError
-from train.config import EvaluationSet, RunSettings
-from train.data.config import BlendPhase, CorpusWeight
+from train.config import RunSettings
 from train.run_files import PUBLISHED
+from train.schema.data import BlendPhase, CorpusWeight
+from train.schema.evaluation import EvaluationSet
 from upcycle.stage_config import StageConfig
 
 

@@ -20,7 +20,7 @@ from parallel.heartbeat import lost_connection
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
 from train.checkpoint.folder import list_checkpoints, read_manifest
-from train.config import HealthConfig
+from train.schema.health import HealthConfig
 from train.signs import Blame, Sign, describe, find_culprits, look_at
 from train.status import read_status
 

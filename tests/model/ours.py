@@ -10,7 +10,9 @@ from model.config import ModelConfig, padded_vocab_size
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from tests.model.published import token_ids
-from train.config import DataConfig, RunConfig, RunSettings
+from train.config import RunSettings
+from train.schema.data import DataConfig
+from train.schema.run import RunConfig
 from train.stage import Stage, build_stage
 
 

@@ -17,9 +17,9 @@ from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_t
 from tests.upcycle import plans as _profile  # noqa: F401 - lifts hypothesis' deadline
 from train import step
 from train.checkpoint.folder import list_checkpoints, read_manifest
-from train.config import HealthConfig
 from train.data.stream import DataStream
 from train.health import SKIPPED, Health, beyond, left_out
+from train.schema.health import HealthConfig
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from parallel.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, small_corpus, train_in_turn
 from train.checkpoint.folder import list_checkpoints, read_manifest
-from train.config import TrackingConfig
 from train.run_files import RunFiles
+from train.schema.tracking import TrackingConfig
 from train.tracking import open_tracker, refuse_missing
 from train.tracking.names import tracked_figures, tracked_name
 from train.tracking.queue import MAX_NAMES, QueuedTracker, Tracker

@@ -32,7 +32,7 @@ from train.checkpoint.files import (
     seal,
     written_by,
 )
-from train.config import CheckpointConfig
+from train.schema.checkpoint import CheckpointConfig
 
 FORMAT = 4
 

@@ -9,8 +9,8 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from parallel.layout import Layout
-from train.data.config import DataConfig
 from train.data.tokenizers import Tokenizer
+from train.schema.data import DataConfig
 
 # Tensors by name; `train/step.py` may put in where documents lie.
 Batch = dict[str, Any]

@@ -12,11 +12,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from train.data.batches import dataset_config
-from train.data.config import DataConfig
 from train.data.manifest import CorpusManifest
 from train.data.sample_order import SampleOrder
 from train.data.tokenizers import Tokenizer
 from train.random_state import named_seed
+from train.schema.data import DataConfig
 
 
 def samples_per_epoch(manifest: CorpusManifest, sequence_length: int) -> int:

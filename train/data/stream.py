@@ -17,10 +17,10 @@ from parallel.layout import Layout
 from train.config import RunSettings
 from train.data.batches import Batch, micro_batches, read_batch
 from train.data.blends import TRIGGERS, Phase, Position, refuse_used_up, resolved_table, stream_blends
-from train.data.config import CorpusWeight, DataConfig
 from train.data.manifest import CorpusManifest, load_manifest
 from train.data.sample_order import Blend, SampleOrder, Share, normalised
 from train.data.samples import TrainingSamples, samples_per_epoch
+from train.schema.data import CorpusWeight, DataConfig
 
 # Keys of a batch whose second axis is not the sequence.
 _NOT_SEQUENCES = ("counted", "packed")

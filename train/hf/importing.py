@@ -19,9 +19,10 @@ from parallel.compat import mark_complete, versions
 from parallel.stream_files import TensorWriter, first_element, pieces
 from train.checkpoint.files import digests, file_names, seal
 from train.checkpoint.folder import Manifest, need_space
-from train.config import RunConfig, RunSettings
+from train.config import RunSettings
 from train.offline.files import staged
 from train.run_files import PUBLISHED as KEPT
+from train.schema.run import RunConfig
 from train.settings import settings_to_dict
 from train.start import model_identity
 

@@ -24,11 +24,12 @@ from parallel.config import ParallelConfig
 from parallel.errors import CheckpointError, ConfigError
 from parallel.layout import Layout, join_job, leave_job
 from train.checkpoint.folder import DamagedCheckpoint
-from train.config import EvaluationSet, RunSettings
+from train.config import RunSettings
 from train.data.stream import open_corpora
 from train.evaluation import Evaluation, Figures, ValidationSet, open_set, open_sets, refuse_other_tokenizer
 from train.hf.start import check_imported
 from train.offline.expand import Source, open_source
+from train.schema.evaluation import EvaluationSet
 from train.settings import explain
 from train.stage import Network, build_network
 from train.start import check_identity, damage

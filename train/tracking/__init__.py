@@ -14,8 +14,8 @@ import uuid
 from typing import Any
 
 from parallel.errors import ConfigError
-from train.config import TrackingConfig
 from train.run_files import RunFiles
+from train.schema.tracking import TrackingConfig
 from train.tracking.queue import QueuedTracker, Tracker
 from train.tracking.tensorboard import TensorboardSink
 from train.tracking.wandb import WandbSink

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config import TrackingConfig
+from train.schema.tracking import TrackingConfig
 from train.tracking.queue import Position
 
 
