@@ -95,9 +95,11 @@ def check_layers(model: Any, parallel: ParallelConfig, key: str) -> None:
     Raises:
         ConfigError: naming the key, the value and the remedy.
     """
-    if model.recompute != "full":
+    chunks = parallel.pipeline * parallel.chunks()
+    if model.recompute != "full" or model.layers % chunks:
+        # Layers that cannot be shared out evenly are refused elsewhere.
         return
-    layers, unit = model.layers // (parallel.pipeline * parallel.chunks()), model.recompute_layers
+    layers, unit = model.layers // chunks, model.recompute_layers
     near = [n for n in range(1, layers + 1) if layers % n == 0 or model.recompute_method == "block"]
     if unit not in near:
         closest = min(near, key=lambda n: abs(n - unit))

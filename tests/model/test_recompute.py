@@ -135,6 +135,7 @@ def test_refuses_what_the_pipeline_or_the_modules_cannot_do() -> None:
         ConfigError, match=r"recompute_layers=5 is more than the 4 layers .* use model.recompute_layers=4"
     ):
         check_layers(block, halves, "parallel.pipeline")
+    check_layers(uniform, ParallelConfig(pipeline=16), "parallel.pipeline")  # another check refuses that
     activation = model_config(recompute="selective", recompute_modules=["layernorm", "moe_act"])
     with pytest.raises(
         ConfigError, match=r"model.experts=sequential cannot compute again alone: use model.experts=grouped"

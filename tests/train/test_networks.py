@@ -103,8 +103,13 @@ def test_a_dense_network_trains_under_tensor_parallelism(corpus: Path, tmp_path:
 
 def test_recomputed_activations_change_nothing(corpus: Path, tmp_path: Path) -> None:
     base = [*SMALL, f"data.corpus={corpus}", "run.steps=4", "parallel.expert=2"]
-    kinds = ("none", "selective", "full")
-    run_distributed(train_in_turn, 2, [[*base, f"model.recompute={k}", f"run.dir={tmp_path / k}"] for k in kinds])
+    kinds = {
+        "none": [],
+        "selective": ["model.recompute_modules=[core_attn, moe_act]"],
+        "full": ["model.recompute_method=block"],
+    }
+    runs = [[*base, f"model.recompute={k}", *more, f"run.dir={tmp_path / k}"] for k, more in kinds.items()]
+    run_distributed(train_in_turn, 2, runs)
     losses = {k: [(m["lm_loss"], m["grad_norm"]) for m in metrics(tmp_path / k).values()] for k in kinds}
     assert len(losses["none"]) == 4
     assert losses["full"] == losses["selective"] == losses["none"]
