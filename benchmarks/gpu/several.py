@@ -20,7 +20,7 @@ prepare_megatron()
 from benchmarks.gpu.switch import both_paths, largest, switched  # noqa: E402
 from parallel.config import ParallelConfig  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
-from train.data import open_corpora  # noqa: E402
+from train.data.stream import open_corpora  # noqa: E402
 from train.run import Run  # noqa: E402
 from train.settings import load_settings  # noqa: E402
 
