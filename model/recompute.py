@@ -55,6 +55,11 @@ def check_recompute(model: Any) -> None:
         missing = _missing(model, name)
         if missing:
             raise ConfigError(f"model.recompute_modules has {name}, but {missing}: leave it out")
+    if "moe_act" in model.recompute_modules and model.experts == "sequential":
+        raise ConfigError(
+            "model.recompute_modules has moe_act, which model.experts=sequential cannot compute again alone: use "
+            "model.experts=grouped, or moe in place of moe_act"
+        )
     inside = [name for name in _INSIDE_MOE if name in model.recompute_modules]
     if inside and "moe" in model.recompute_modules:
         raise ConfigError(
@@ -122,11 +127,6 @@ def check_modules(model: Any, experts: str, discards: bool) -> None:
         ConfigError: naming the key, the value and the remedy.
     """
     modules = modules_of(model)
-    if "moe_act" in modules and experts == "sequential":
-        raise ConfigError(
-            "model.recompute_modules has moe_act, which model.experts=sequential cannot compute again alone: use "
-            "model.experts=grouped, or moe in place of moe_act"
-        )
     freed = [name for name in ("layernorm", "mla_up_proj", *["moe_act"] * (experts == "te")) if name in modules]
     if freed and not discards:
         raise ConfigError(
