@@ -16,7 +16,7 @@ PYTHON312 ?= $(call find_python,3.12)
 VENV312   := .venv312
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup corpus demo test test-slow test-slurm test-faults test-latest check bench gpu-check study-small report compare clean
+.PHONY: help setup corpus demo test test-slow test-slurm test-faults test-latest test-te check bench gpu-check study-small report compare clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -63,6 +63,9 @@ $(VENV312)/.ready: pyproject.toml constraints/py312.txt
 
 test-latest: $(VENV312)/.ready  ## the fast suite on Python 3.12 and the newest megatron-core
 	$(VENV312)/bin/python -m pytest -m "not slow and not slurm" --durations=15
+
+test-te:  ## Transformer Engine's modules, built and never run, so without a GPU too (GPU_PYTHON: one that has it)
+	$(GPU_PYTHON) -m pytest -m requires_te tests/model/test_te_modules.py
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -43,6 +43,13 @@ _ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "gelu": (F.gelu, False),
     "squared_relu": (squared_relu, False),
 }
+# Under latent attention mcore's specs for Transformer Engine make norms part of the linear layers after them, and call them
+# otherwise in checkpoints than its torch specs do. Ours have the torch names, whatever computes them.
+_LATENT_NORM_KEYS = {
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 # Loss-free balancing may be helped by a small loss per sequence (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 _BALANCING = {"loss_free": "seq_aux_loss"}
 
@@ -217,9 +224,12 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
     kind = experts_kind(model)
     if kind == "te":
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        if model.qk_norm_all_heads:
-            for layer in block.layer_specs:
+        for layer in block.layer_specs:
+            if model.qk_norm_all_heads:
                 _normalise_all_heads(layer)
+            if model.attention == "mla":
+                parts = layer_submodules(layer)
+                parts.sharded_state_dict_keys_map = {**parts.sharded_state_dict_keys_map, **_LATENT_NORM_KEYS}
         return block
     # Of the whole block for a dense model too: the final norm of a bare layer's spec cannot split sequences.
     block = get_gpt_decoder_block_spec(

@@ -18,6 +18,8 @@ GROUPS = ("embedding", "attention", "router", "experts", "shared_experts", "dens
 # The first that occurs in a parameter's name decides. A norm inside attention is a norm.
 _MARKS = (
     ("layernorm", "norms"),
+    # Transformer Engine's, part of the linear layer after it.
+    (".layer_norm_", "norms"),
     (".self_attention.", "attention"),
     (".mlp.router.", "router"),
     (".mlp.experts.", "experts"),
