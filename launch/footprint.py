@@ -195,7 +195,7 @@ def _share(
     for chunk in (c for c in chunks if c.stage == stage):
         buffers += chunk.buffer_elements
         # mcore: buckets on the first pipeline rank and its first chunk alone.
-        bucket = max(40_000_000, 1_000_000 * data) if options.overlap_grad_reduce else None
+        bucket = max(40_000_000, 1_000_000 * data) if options.overlap_grad_reduce is True else None
         if chunk.index or stage:
             bucket = None
         for kind, ranks, owned in ((False, data, dense_owned), (True, experts, expert_owned)):

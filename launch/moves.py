@@ -153,7 +153,7 @@ def switch_traffic(
         network_chunks(settings.model, counts[stage], parallel, vocab_size, weight)
         for stage, parallel in ((number - 1, before), (number, after))
     )
-    if settings.optimizer.overlap_grad_reduce or max(before.chunks(), after.chunks()) > 1:
+    if settings.optimizer.overlap_grad_reduce is True or max(before.chunks(), after.chunks()) > 1:
         notes.append(
             "masters and moments are cut as in one buffer per rank; buckets and model chunks shift them a little"
         )

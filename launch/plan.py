@@ -16,10 +16,13 @@ from typing import Any
 from launch.footprint import SWITCH_BOUND, Footprint, checkpoint_bytes, footprint, switch_memory
 from launch.moves import Links, Traffic, switch_traffic
 from launch.plan_tables import as_text, spans
+from model.choices import Choice
 from model.config import padded_vocab_size
 from model.network import count, flops_per_token
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError, DataError
+from parallel.machine import GPU_KINDS, LIBRARIES, Machine, named_machine
+from train.acceleration import accelerated, routes_in_families
 from train.config import RunSettings
 from train.settings import compose_settings, to_settings
 
@@ -36,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.add_argument("--processes", type=int, required=True, help="processes of the run (one per GPU)")
     parser.add_argument("--gpu-memory-gib", help="memory of a GPU in GiB: what does not fit is named, with what would")
+    parser.add_argument(
+        "--gpu", help=f"kind of GPU ({', '.join(GPU_KINDS)}): says what makes a step fast there and why, and its memory"
+    )
+    parser.add_argument(
+        "--installed",
+        default="transformer-engine",
+        help=f"with --gpu: what is installed there, of {', '.join(LIBRARIES)} (transformer-engine)",
+    )
     parser.add_argument("--vocab-size", type=int, help="tokens of the tokenizer; by default the corpus says")
     parser.add_argument("--link-gb-per-s", default="40", help="GB/s per rank and direction between nodes (40)")
     parser.add_argument("--node-gb-per-s", default="300", help="GB/s per rank and direction inside a node (300)")
@@ -58,8 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={value} must be 1 or more")
+    machine = None
+    if arguments.gpu is not None:
+        machine = named_machine(arguments.gpu, arguments.installed, arguments.ranks_per_node)
+        memory = memory or float(GPU_KINDS[arguments.gpu.upper()][1])
     settings = settings_without_corpus(arguments.overrides, arguments.processes)
-    document = make_plan(settings, arguments.processes, arguments.vocab_size, memory, links)
+    document = make_plan(settings, arguments.processes, arguments.vocab_size, memory, links, machine)
     print(json.dumps(document, indent=1) if arguments.json else "\n".join(as_text(document)))
     return 0
 
@@ -151,7 +166,12 @@ def attention_is_flash(settings: RunSettings, on_gpu: bool) -> bool:
 
 
 def make_plan(
-    settings: RunSettings, processes: int, vocab_size: int | None, gpu_memory_gib: float | None, links: Links
+    settings: RunSettings,
+    processes: int,
+    vocab_size: int | None,
+    gpu_memory_gib: float | None,
+    links: Links,
+    machine: Machine | None = None,
 ) -> dict[str, Any]:
     """Everything that the command prints, as one JSON-able document.
 
@@ -161,17 +181,24 @@ def make_plan(
         vocab_size: tokens of the tokenizer; None asks the corpus.
         gpu_memory_gib: memory of a GPU; None if it is not to be judged.
         links: bandwidths for the predicted pause.
+        machine: what the run is made for; None leaves open what makes a step fast.
 
     Raises:
         CoppiceError: naming the key, the value and the remedy.
     """
     vocab, says = vocabulary(settings, vocab_size)
-    flash = attention_is_flash(settings, gpu_memory_gib is not None)
+    engine = machine.has("transformer-engine") if machine else gpu_memory_gib is not None
+    flash = attention_is_flash(settings, engine)
     number = len(settings.upcycle.stages) + 1
-    prints = [footprint(settings, stage, processes, vocab, flash=flash) for stage in range(number)]
-    stages = [_stage(settings, i, processes, prints[i]) for i in range(number)]
+    # What is decided for a machine lays memory out (buckets of gradients), a little.
+    at = [_decided(settings, i, machine, processes) for i in range(number)]
+    prints = [footprint(at[i][0], i, processes, vocab, flash=flash) for i in range(number)]
+    stages = [
+        _stage(settings, i, processes, prints[i]) | {"choices": [asdict(choice) for choice in at[i][1]]}
+        for i in range(number)
+    ]
     switches = [
-        _switch(settings, i, processes, vocab, prints[i - 1], prints[i], links, stages[i - 1], stages[i])
+        _switch(at[i][0], i, processes, vocab, prints[i - 1], prints[i], links, stages[i - 1], stages[i])
         for i in range(1, number)
     ]
     needed = max([s["memory"]["largest"]["total"] for s in stages] + [s["peak_bytes"] for s in switches])
@@ -184,6 +211,8 @@ def make_plan(
         "data": data_table(settings, needed=vocab_size is None),
         "tokens": tokens * settings.run.steps,
         "flops": sum(s["flops"] for s in stages),
+        "gpu": machine.gpu if machine else None,
+        "installed": sorted(machine.libraries) if machine else None,
         "stages": stages,
         "switches": switches,
         "links": asdict(links),
@@ -201,6 +230,16 @@ def make_plan(
             staging = max((s["staging_bytes"] for s in switches), default=0)
             document["hints"] = list(hints(settings, processes, vocab, flash, limit, staging))
     return document
+
+
+def _decided(
+    settings: RunSettings, number: int, machine: Machine | None, processes: int
+) -> tuple[RunSettings, tuple[Choice, ...]]:
+    """The settings of a stage with what is decided for a machine; as they are where none is named."""
+    if machine is None:
+        return settings, ()
+    families = routes_in_families(settings, number)
+    return accelerated(settings, settings.parallel_of(number), machine, processes, families=families)
 
 
 def _assumptions(settings: RunSettings, flash: bool) -> list[str]:

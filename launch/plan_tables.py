@@ -61,6 +61,8 @@ def as_text(document: dict[str, Any]) -> Iterator[str]:
         if index:
             yield from _switch(document["switches"][index - 1], document["links"])
         yield from _stage(stage)
+        if document["gpu"]:
+            yield from _choices(document["gpu"], document["installed"], stage["choices"])
     yield from _judgement(document)
     yield ""
     for text in document["assumptions"]:
@@ -116,6 +118,14 @@ def _stage(stage: dict[str, Any]) -> Iterator[str]:
                 rows.append(["...", "", ""])
             rows.append([str(row["expert_rank"]), spans(range(row["first"], row["last"] + 1)), row["ranks"]])
         yield from _table(rows)
+
+
+def _choices(gpu: str, installed: Sequence[str], choices: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What makes a step fast on a machine, and why."""
+    yield f"  on {gpu} with {', '.join(installed) or 'nothing else'} installed:"
+    key, value = (max(len(str(c[name])) for c in choices) for name in ("key", "value"))
+    for c in choices:
+        yield from _wrapped(f"    {c['key']:<{key}}  {str(c['value']).lower():<{value}}  ", c["why"])
 
 
 def _switch(switch: dict[str, Any], links: dict[str, Any]) -> Iterator[str]:

@@ -5,7 +5,6 @@ wrapped in DDP. Expert modules, norms and every option come from `ModelConfig`; 
 because it changes from stage to stage while the rest of the configuration does not.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +18,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from model import recompute
+from model import choices, fp8, recompute
 from model.attention import LatentDotProductAttention
 from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
-from model.fp8 import check_device, mcore_fields
 from model.norm import AllKeysNorm, AllQueriesNorm, CoppiceNorm
+from model.performance import PerformanceConfig
 from parallel.compat import (
     can_discard_outputs,
     is_moe_layer,
@@ -72,7 +71,12 @@ def experts_kind(model: ModelConfig) -> str:
 
 
 def transformer_config(
-    model: ModelConfig, num_experts: int, layout: Layout, precision: str, initialise: bool = True
+    model: ModelConfig,
+    num_experts: int,
+    layout: Layout,
+    precision: str,
+    initialise: bool = True,
+    performance: PerformanceConfig | None = None,
 ) -> TransformerConfig:
     """mcore's configuration of one stage.
 
@@ -82,6 +86,7 @@ def transformer_config(
         layout: parallel sizes.
         precision: `bf16` or `fp32`.
         initialise: whether layers draw initial weights.
+        performance: what was decided for the machine (`model/choices.py`); None for nothing that needs deciding.
 
     Raises:
         ConfigError: if mcore refuses a combination, in mcore's words.
@@ -102,18 +107,13 @@ def transformer_config(
             "model.mla_query_rank=null with model.qk_norm=true: this mcore normalises uncompressed queries as well, as no "
             "published model does: use mcore 0.16, or a query rank"
         )
-    if model.dispatcher == "flex" and not any(importlib.util.find_spec(name) for name in ("deep_ep", "hybrid_ep")):
-        raise ConfigError(
-            "model.dispatcher=flex needs DeepEP or HybridEP, which are not installed: install one (docs/gpu.md) or use "
-            "model.dispatcher=alltoall"
-        )
     if model.fp8 != "none":
         if experts_kind(model) != "te":
             raise ConfigError(
                 f"model.fp8={model.fp8} needs Transformer Engine and a CUDA device: install both (docs/gpu.md), and use "
                 "model.experts=auto, or use model.fp8=none"
             )
-        check_device(
+        fp8.check_device(
             model.fp8, model.fp8_recipe, torch.cuda.get_device_capability(layout.device), torch.cuda.get_device_name()
         )
     recompute.check_modules(model, experts_kind(model), can_discard_outputs())
@@ -178,7 +178,8 @@ def transformer_config(
             )
     if num_experts:
         values |= _moe_values(model, num_experts, te)
-    values |= recompute.mcore_fields(model, experts_kind(model)) | mcore_fields(model) | model.mcore
+    values |= choices.mcore_fields(model, performance or PerformanceConfig())
+    values |= recompute.mcore_fields(model, experts_kind(model)) | fp8.mcore_fields(model) | model.mcore
     cls = MLATransformerConfig if model.attention == "mla" else TransformerConfig
     try:
         config = make_transformer_config(cls, **values)
@@ -214,7 +215,6 @@ def _moe_values(model: ModelConfig, num_experts: int, te: bool) -> dict[str, Any
         moe_router_bias_update_rate=model.bias_update_rate,
         moe_router_dtype="fp32",
         moe_expert_capacity_factor=model.capacity_factor,
-        moe_token_dispatcher_type=model.dispatcher,
         moe_grouped_gemm=te,
     )
 
@@ -273,6 +273,7 @@ def build_chunks(
     sequence_length: int,
     precision: str,
     initialise: bool = True,
+    performance: PerformanceConfig | None = None,
 ) -> list[GPTModel]:
     """Build this rank's model chunks on its device.
 
@@ -284,11 +285,12 @@ def build_chunks(
         sequence_length: longest sequence.
         precision: `bf16` or `fp32`.
         initialise: False leaves the weights unset, for a model that is filled from elsewhere.
+        performance: as for `transformer_config`.
 
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    config = transformer_config(model, num_experts, layout, precision, initialise)
+    config = transformer_config(model, num_experts, layout, precision, initialise, performance)
     chunks = []
     for index in range(layout.config.chunks()):
         vp_stage = index if layout.config.interleaved() else None

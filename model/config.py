@@ -14,7 +14,7 @@ from parallel.errors import ConfigError
 ATTENTION = ("gqa", "mla")
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "squared_relu")
 BALANCING = ("loss_free", "aux_loss", "seq_aux_loss", "global_aux_loss", "none")
-DISPATCHERS = ("alltoall", "allgather", "flex")
+DISPATCHERS = ("auto", "alltoall", "allgather", "flex")
 EXPERT_KINDS = ("auto", "grouped", "sequential", "te")
 NORMS = ("RMSNorm", "LayerNorm")
 SCORES = ("softmax", "sigmoid")
@@ -141,7 +141,8 @@ class ModelConfig:
 
     # Expert module: auto takes Transformer Engine's grouped GEMM where it is installed with a GPU, else ours.
     experts: str = "auto"
-    dispatcher: str = "alltoall"
+    # How tokens travel to their experts: auto (docs/gpu.md), alltoall, allgather or flex (DeepEP, HybridEP).
+    dispatcher: str = "auto"
     # What is computed again in the backward pass instead of kept: none, selective (parts of every layer) or full (layers).
     recompute: str = "none"
     # selective only: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; empty means core_attn.

@@ -185,8 +185,11 @@ def forget_models() -> None:
     The MoE metrics are global; rotary embeddings are kept, groups and all, by the cache of their own `forward`.
     """
     from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import fused_a2a, moe_utils
 
+    # Made for the first layer that sends, with its group and number of local experts: after a switch both are others.
+    # DeepEP's looks at its group by itself, but keeps the old one alive until then.
+    fused_a2a._buffer = fused_a2a._hybrid_ep_buffer = None
     for module in (rotary_pos_embedding, yarn_rotary_pos_embedding):
         for cls in vars(module).values():
             forget = getattr(getattr(cls, "forward", None), "cache_clear", None)

@@ -22,6 +22,7 @@ from parallel import errors
 from parallel.config import ParallelConfig
 from parallel.devices import refuse_mixed, refuse_too_few
 from parallel.errors import CoppiceError, LaunchError
+from parallel.machine import Machine, this_machine
 
 
 def _check_rendezvous() -> None:
@@ -203,6 +204,10 @@ class Layout:
         """
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         torch.manual_seed(seed)
+
+    def machine(self) -> Machine:
+        """What this process runs on."""
+        return this_machine(self.device, self.ranks_per_node)
 
     @property
     def is_first_stage(self) -> bool:

@@ -139,6 +139,14 @@ def use_fused_update(optimizer: Any) -> None:
                 group["fused"] = True
 
 
+def adam_name(optimizer: Any) -> str:
+    """Which Adam mcore has chosen by what is installed: Transformer Engine's, NVIDIA Apex's or torch's."""
+    inner = type(chained(optimizer)[0].optimizer)
+    owner = {"transformer_engine": "Transformer Engine", "apex": "NVIDIA Apex", "torch": "torch"}
+    fused = ", fused" if _keeps_step_per_parameter(chained(optimizer)[0]) else ""
+    return f"{inner.__name__} of {owner.get(inner.__module__.split('.')[0], inner.__module__)}{fused}"
+
+
 def get_step(optimizer: Any) -> int:
     """Adam's step count, equal for all parameters in mcore's formats; 0 before the first step.
 

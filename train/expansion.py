@@ -19,6 +19,7 @@ from parallel.config import ParallelConfig
 from parallel.errors import ExpansionError
 from parallel.redistribute import Redistribution
 from train import random_state
+from train.acceleration import changed, choice_lines
 from train.config import RunSettings
 from train.evaluation import Evaluated, evaluate
 from train.guard import Guard
@@ -47,6 +48,7 @@ def expand(run: "Run") -> None:
         Stopping: on all ranks, if any was asked to stop before anything has moved, or during the evaluation afterwards.
     """
     clock, options = Clock(run.watchdog), run.settings.upcycle
+    decided = run.stage.choices
     run.persistence.settle()
     before = evaluate(run)
     with clock.act("plan"):
@@ -72,6 +74,8 @@ def expand(run: "Run") -> None:
     else:
         assert saved is not None
         through_checkpoint(run, plan, saved, clock)
+    for line in choice_lines(changed(decided, run.stage.choices)):
+        run.console.say(line)
     _announce(run, plan, clock, before, moved)
 
 

@@ -18,7 +18,9 @@ from parallel.compat import versions
 from parallel.errors import ConfigError, CoppiceError, DataError
 from parallel.layout import Layout
 from parallel.optimizer_ages import OptimizerAges
+from parallel.optimizer_state import adam_name
 from train import random_state
+from train.acceleration import accelerated, choice_lines, routes_in_families
 from train.checkpoint.folder import Manifest, folder_bytes
 from train.checkpoint.persistence import Persistence
 from train.config import RunSettings
@@ -217,7 +219,17 @@ class Run:
             # Only the sizes are asked for; there are no such groups yet.
             layout = replace(self.layout, config=settings.parallel_of(number))
             try:
-                transformer_config(settings.model, counts[number], layout, settings.run.precision)
+                families = routes_in_families(settings, number)
+                concrete, _ = accelerated(
+                    settings, layout.config, layout.machine(), layout.world_size, families=families
+                )
+                transformer_config(
+                    concrete.model,
+                    counts[number],
+                    layout,
+                    settings.run.precision,
+                    performance=concrete.performance,
+                )
             except ConfigError as e:
                 raise ConfigError(f"{course.keys[number - 1]}: {e}") from None
         if hasattr(self, "data"):
@@ -311,8 +323,15 @@ class Run:
             layout=layout,
             data=sources,
             versions=versions(),
+            choices={c.key: c.value for c in self.stage.choices},
+            optimizer=adam_name(self.stage.optimizer),
             **counts,
         )
+        self.console.say(f"optimizer: {adam_name(self.stage.optimizer)}")
+        if self.layout.device.type == "cuda":
+            self.console.say(f"chosen for {self.layout.machine().gpu}:")
+            for line in choice_lines(self.stage.choices):
+                self.console.say(line)
         for line in table_lines(sources):
             self.console.say(line)
         if self.persistence.data_changed:

@@ -20,11 +20,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from model.build import MoEPart, build_chunks, moe_parts
+from model.choices import Choice
 from model.family_routing import install_family_routing
 from model.load import ExpertLoad, count_exactly
 from parallel.compat import forget_models
 from parallel.layout import Layout
 from parallel.optimizer_state import use_fused_update
+from train.acceleration import accelerated
 from train.config import RunSettings
 from upcycle.optimizer_rules import rewarm_factor
 from upcycle.plan import last_growth
@@ -53,6 +55,7 @@ class Stage(Network):
         optimizer: mcore's optimizer; a chain of two where experts are parallel.
         scheduler: learning rate and weight decay over optimizer steps.
         load: tokens per expert since the last reading.
+        choices: what was decided for the machine, and why.
     """
 
     number: int
@@ -60,6 +63,7 @@ class Stage(Network):
     optimizer: Any
     scheduler: OptimizerParamScheduler
     load: ExpertLoad
+    choices: tuple[Choice, ...] = ()
 
     def moe_parts(self) -> list[MoEPart]:
         """MoE layers on this rank."""
@@ -122,6 +126,9 @@ def build_stage(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
+    settings, choices = accelerated(
+        settings, layout.config, layout.machine(), layout.world_size, families=families_of(plans) is not None
+    )
     num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
     bf16 = settings.run.precision == "bf16"
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=not blank)
@@ -132,8 +139,8 @@ def build_stage(
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=options.distributed,
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
+        overlap_grad_reduce=options.overlap_grad_reduce is True,
+        overlap_param_gather=options.overlap_param_gather is True,
     )
     wrapped = [
         DistributedDataParallel(
@@ -161,7 +168,7 @@ def build_stage(
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=options.distributed,
-            overlap_param_gather=options.overlap_param_gather,
+            overlap_param_gather=options.overlap_param_gather is True,
         ),
         wrapped,
     )
@@ -175,6 +182,7 @@ def build_stage(
         optimizer=optimizer,
         scheduler=build_scheduler(settings, optimizer, number, schedule_begins),
         load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
+        choices=choices,
     )
 
 
@@ -193,6 +201,9 @@ def build_network(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
+    settings, _ = accelerated(
+        settings, layout.config, layout.machine(), layout.world_size, families=families_of(plans) is not None
+    )
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=True)
     return Network(chunks=chunks, wrapped=[_in_precision(settings, chunk) for chunk in chunks])
 
@@ -216,6 +227,7 @@ def _build_chunks(
         sequence_length=settings.data.sequence_length,
         precision=settings.run.precision,
         initialise=initialise,
+        performance=settings.performance,
     )
     families = families_of(plans)
     if families:
@@ -249,9 +261,9 @@ def _bind(config: Any, wrapped: list[Any], optimizer: Any, settings: RunSettings
     config.grad_scale_func = optimizer.scale_loss
     config.timers = None
     one = len(wrapped) == 1
-    if settings.optimizer.overlap_grad_reduce:
+    if settings.optimizer.overlap_grad_reduce is True:
         config.no_sync_func = wrapped[0].no_sync if one else [w.no_sync for w in wrapped]
-    if settings.optimizer.overlap_param_gather:
+    if settings.optimizer.overlap_param_gather is True:
         sync = [w.start_param_sync for w in wrapped]
         config.param_sync_func = sync[0] if one else sync
 

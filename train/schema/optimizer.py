@@ -18,9 +18,10 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     # Shard masters and moments over data-parallel ranks (ZeRO-1).
     distributed: bool = True
-    # Reduce gradients while the backward pass still runs; gather parameters while the forward pass runs.
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    # Reduce gradients while the backward pass still runs: auto, true or false.
+    overlap_grad_reduce: bool | str = "auto"
+    # Gather parameters while the forward pass runs: auto, true or false.
+    overlap_param_gather: bool | str = "auto"
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -34,7 +35,9 @@ class OptimizerSettings:
         positive("optimizer.epsilon", self.epsilon)
         positive("optimizer.weight_decay", self.weight_decay, zero=True)
         positive("optimizer.clip_grad", self.clip_grad, zero=True)
-        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
+        for key in ("overlap_grad_reduce", "overlap_param_gather"):
+            toggle(f"optimizer.{key}", getattr(self, key))
+        if self.overlap_param_gather is True and not (self.distributed and self.overlap_grad_reduce is not False):
             raise ConfigError(
                 "optimizer.overlap_param_gather=true needs optimizer.distributed=true and "
                 "optimizer.overlap_grad_reduce=true"

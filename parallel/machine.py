@@ -1,0 +1,99 @@
+"""The machine a run is made for: kind of GPU, libraries that make it faster, processes per node.
+
+`this_machine` looks at the one it runs on, `named_machine` makes one up for a plan. Rules that decide by these facts
+(`model/choices.py`) touch no device and are the same for both.
+"""
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parallel.errors import ConfigError
+from parallel.transformer_engine import have_transformer_engine
+
+# Kind of GPU -> compute capability and memory in GiB, from NVIDIA's data sheets.
+GPU_KINDS = {
+    "A100": ((8, 0), 80),
+    "H100": ((9, 0), 80),
+    "H200": ((9, 0), 141),
+    "GH200": ((9, 0), 96),
+    "B200": ((10, 0), 180),
+    "GB200": ((10, 0), 186),
+}
+# What a plan may assume to be installed. `apex` stands for NVIDIA's extension for weight gradients alone.
+LIBRARIES = ("transformer-engine", "deepep", "hybridep", "apex")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides how a step is computed.
+
+    Attributes:
+        gpu: name of the GPUs; None on CPU.
+        capability: their compute capability.
+        libraries: those of `LIBRARIES` that are there and usable.
+        ranks_per_node: processes on each machine.
+    """
+
+    gpu: str | None
+    capability: tuple[int, int]
+    libraries: frozenset[str]
+    ranks_per_node: int
+
+    def has(self, library: str) -> bool:
+        """Whether a library is there, and a GPU for it."""
+        return self.gpu is not None and library in self.libraries
+
+
+def this_machine(device: torch.device, ranks_per_node: int) -> Machine:
+    """The machine of this process.
+
+    Args:
+        device: of this rank, already chosen.
+        ranks_per_node: processes on this machine.
+    """
+    if device.type != "cuda":
+        return Machine(None, (0, 0), frozenset(), ranks_per_node)
+    return Machine(
+        gpu=torch.cuda.get_device_name(device),
+        capability=torch.cuda.get_device_capability(device),
+        libraries=frozenset(_found()),
+        ranks_per_node=ranks_per_node,
+    )
+
+
+def _found() -> Iterable[str]:
+    """What can be imported; nothing is, because some of these make a context on a GPU when they are."""
+    if have_transformer_engine():
+        yield "transformer-engine"
+    deep_ep = importlib.util.find_spec("deep_ep")
+    if deep_ep is not None:
+        yield "deepep"
+        # A branch of DeepEP, with a module of its own in the same package.
+        if any((Path(folder) / "hybrid_ep_buffer.py").is_file() for folder in deep_ep.submodule_search_locations or ()):
+            yield "hybridep"
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None:
+        yield "apex"
+
+
+def named_machine(kind: str, installed: str, ranks_per_node: int) -> Machine:
+    """A machine for a plan.
+
+    Args:
+        kind: one of `GPU_KINDS`, in any case.
+        installed: names of `LIBRARIES`, separated by commas.
+        ranks_per_node: processes on each machine.
+
+    Raises:
+        ConfigError: naming what is unknown and what is known.
+    """
+    name = kind.upper()
+    if name not in GPU_KINDS:
+        raise ConfigError(f"--gpu={kind} is unknown: use one of {', '.join(GPU_KINDS)}")
+    libraries = {word.strip().lower() for word in installed.split(",") if word.strip()}
+    for library in sorted(libraries - set(LIBRARIES)):
+        raise ConfigError(f"--installed={library} is unknown: use some of {', '.join(LIBRARIES)}")
+    return Machine(name, GPU_KINDS[name][0], frozenset(libraries), ranks_per_node)

@@ -1,0 +1,139 @@
+"""What `auto` becomes on machines that are not here, and what is refused on them."""
+
+from typing import Any
+
+import pytest
+
+from model.choices import Situation, choose, mcore_fields, resolved
+from model.config import ModelConfig
+from model.performance import PerformanceConfig
+from parallel.config import ParallelConfig
+from parallel.errors import ConfigError
+from parallel.machine import LIBRARIES, Machine, named_machine
+
+_CPU = Machine(None, (0, 0), frozenset(LIBRARIES), 8)
+
+
+def _at(machine: Machine, *, expert: int = 8, world: int = 8, **changes: Any) -> Situation:
+    values: dict[str, Any] = dict(
+        model=ModelConfig(num_experts=64, shared_expert_ffn_hidden_size=512),
+        performance=PerformanceConfig(),
+        overlap_grad_reduce="auto",
+        overlap_param_gather="auto",
+        sharded=True,
+        parallel=ParallelConfig(expert=expert),
+        world_size=world,
+        bf16=True,
+        families=False,
+        documents=False,
+        machine=machine,
+    )
+    return Situation(**(values | changes))
+
+
+def _values(at: Situation) -> dict[str, bool | str]:
+    return {choice.key.split(".")[1]: choice.value for choice in choose(at)}
+
+
+def _h100(installed: str = "transformer-engine", ranks_per_node: int = 8) -> Machine:
+    return named_machine("h100", installed, ranks_per_node)
+
+
+def test_on_cpu_all_of_it_is_off() -> None:
+    values = _values(_at(_CPU))
+    assert values.pop("dispatcher") == "alltoall"
+    assert set(values.values()) == {False}
+
+
+def test_hopper_with_transformer_engine() -> None:
+    values = _values(_at(_h100()))
+    assert values == {
+        "dispatcher": "alltoall", "permute_fusion": True, "router_fusion": True, "rope_fusion": True,
+        "cross_entropy_fusion": True, "gradient_accumulation_fusion": False, "shared_expert_overlap": True,
+        "overlap_grad_reduce": True, "overlap_param_gather": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "expert", "dispatcher", "backend"),
+    [
+        (_h100("deepep"), 8, "alltoall", None),  # within the node
+        (_h100("deepep"), 16, "flex", "deepep"),
+        (_h100("deepep", 4), 16, "alltoall", None),  # DeepEP counts on eight per node
+        (_h100("deepep"), 48, "alltoall", None),  # no settings for so many
+        (_h100("deepep,hybridep"), 16, "flex", "deepep"),
+        (named_machine("GB200", "deepep,hybridep", 4), 32, "flex", "hybridep"),
+        (named_machine("B200", "transformer-engine", 8), 32, "alltoall", None),
+    ],
+)
+def test_the_dispatcher(machine: Machine, expert: int, dispatcher: str, backend: str | None) -> None:
+    values = _values(_at(machine, expert=expert, world=expert))
+    assert (values["dispatcher"], values.get("flex_backend")) == (dispatcher, backend)
+    assert values["shared_expert_overlap"] == (dispatcher == "alltoall")
+
+
+@pytest.mark.parametrize(
+    ("changes", "off"),
+    [
+        ({"families": True}, {"router_fusion"}),
+        ({"documents": True}, {"rope_fusion"}),
+        ({"sharded": False}, {"overlap_param_gather"}),
+        ({"overlap_grad_reduce": False}, {"overlap_grad_reduce", "overlap_param_gather"}),
+        ({"model": ModelConfig(attention="mla", shared_expert_ffn_hidden_size=8)}, {"rope_fusion"}),
+        ({"model": ModelConfig()}, {"shared_expert_overlap"}),
+        ({"model": ModelConfig(shared_expert_ffn_hidden_size=8, recompute="selective", recompute_modules=["shared_experts"])},
+         {"shared_expert_overlap"}),
+        ({"model": ModelConfig(num_experts=0), "parallel": ParallelConfig()},
+         {"permute_fusion", "router_fusion", "shared_expert_overlap"}),
+        ({"parallel": ParallelConfig(), "world_size": 1},
+         {"shared_expert_overlap", "overlap_grad_reduce", "overlap_param_gather"}),
+        ({"parallel": ParallelConfig(expert=1, tensor=8)}, {"shared_expert_overlap"}),  # experts still have replicas
+    ],
+)  # fmt: skip
+def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any], off: set[str]) -> None:
+    values = _values(_at(_h100("transformer-engine,apex"), **changes))
+    assert {key for key, value in values.items() if value is False} == off
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "message"),
+    [
+        (_CPU, {"performance": PerformanceConfig(permute_fusion=True)},
+         r"performance\.permute_fusion=true cannot be here: it needs Transformer Engine and a GPU: use .*=auto or false"),
+        (_h100(""), {"performance": PerformanceConfig(router_fusion=True)}, r"router_fusion=true .*Transformer Engine"),
+        (_h100(), {"performance": PerformanceConfig(router_fusion=True), "families": True}, "exact mode"),
+        (_h100(), {"performance": PerformanceConfig(gradient_accumulation_fusion=True)}, "NVIDIA Apex"),
+        (_h100("deepep"), {"model": ModelConfig(dispatcher="flex"), "bf16": False}, r"flex cannot be here: .*fp32"),
+        (_h100(), {"model": ModelConfig(dispatcher="flex")}, r"neither DeepEP nor HybridEP is installed: use .*alltoall"),
+        (_h100("hybridep"), {"model": ModelConfig(dispatcher="flex"),
+                             "performance": PerformanceConfig(flex_backend="deepep")}, "flex_backend=deepep is not inst"),
+        (_h100("deepep"), {"model": ModelConfig(dispatcher="flex"), "parallel": ParallelConfig(expert=3),
+                           "world_size": 3}, "no settings for 3 ranks"),
+        (_h100("deepep"), {"model": ModelConfig(dispatcher="flex", shared_expert_ffn_hidden_size=8),
+                           "performance": PerformanceConfig(shared_expert_overlap=True)}, "needs alltoall"),
+        (_h100(), {"performance": PerformanceConfig(shared_expert_overlap=True), "model": ModelConfig()},
+         "no shared experts"),
+    ],
+)  # fmt: skip
+def test_what_was_asked_for_and_cannot_be_is_refused(machine: Machine, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(_at(machine, **changes))
+
+
+def test_every_choice_says_why_and_mcore_is_told() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    at = _at(_h100("transformer-engine,deepep,apex"), expert=16, world=16)
+    choices = choose(at)
+    assert all(choice.why for choice in choices)
+    fields = mcore_fields(*resolved(at, choices))
+    assert fields["moe_token_dispatcher_type"] == "flex" and fields["moe_flex_dispatcher_backend"] == "deepep"
+    assert fields["moe_permute_fusion"] and fields["gradient_accumulation_fusion"]
+    assert fields.keys() <= set(TransformerConfig.__dataclass_fields__)
+
+
+def test_unknown_machines_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--gpu=V100 is unknown: use one of A100, H100"):
+        named_machine("V100", "", 8)
+    with pytest.raises(ConfigError, match=r"--installed=apx is unknown: use some of transformer-engine"):
+        named_machine("H100", "apx", 8)
