@@ -62,7 +62,8 @@ def as_text(document: dict[str, Any]) -> Iterator[str]:
             yield from _switch(document["switches"][index - 1], document["links"])
         yield from _stage(stage)
         if document["gpu"]:
-            yield from _choices(document["gpu"], document["installed"], stage["choices"])
+            before = document["stages"][index - 1]["choices"] if index else ()
+            yield from _choices(document["gpu"], document["installed"], stage["choices"], before)
     yield from _judgement(document)
     yield ""
     for text in document["assumptions"]:
@@ -120,9 +121,17 @@ def _stage(stage: dict[str, Any]) -> Iterator[str]:
         yield from _table(rows)
 
 
-def _choices(gpu: str, installed: Sequence[str], choices: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What makes a step fast on a machine, and why."""
-    yield f"  on {gpu} with {', '.join(installed) or 'nothing else'} installed:"
+def _choices(
+    gpu: str, installed: Sequence[str], choices: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]
+) -> Iterator[str]:
+    """What makes a step fast on a machine, and why; of a later stage what differs from the one before it."""
+    head = f"  on {gpu} with {', '.join(installed) or 'nothing else'} installed"
+    if before:
+        choices = [c for c in choices if c not in before]
+        head += " as before" + (", but" if choices else "")
+    yield head + (":" if choices else "")
+    if not choices:
+        return
     key, value = (max(len(str(c[name])) for c in choices) for name in ("key", "value"))
     for c in choices:
         yield from _wrapped(f"    {c['key']:<{key}}  {str(c['value']).lower():<{value}}  ", c["why"])

@@ -8,11 +8,13 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from parallel.errors import ConfigError
 from parallel.transformer_engine import have_transformer_engine
+
+if TYPE_CHECKING:
+    import torch
 
 # Kind of GPU -> compute capability and memory in GiB, from NVIDIA's data sheets.
 GPU_KINDS = {
@@ -48,7 +50,7 @@ class Machine:
         return self.gpu is not None and library in self.libraries
 
 
-def this_machine(device: torch.device, ranks_per_node: int) -> Machine:
+def this_machine(device: "torch.device", ranks_per_node: int) -> Machine:
     """The machine of this process.
 
     Args:
@@ -57,6 +59,9 @@ def this_machine(device: torch.device, ranks_per_node: int) -> Machine:
     """
     if device.type != "cuda":
         return Machine(None, (0, 0), frozenset(), ranks_per_node)
+    # Here and not above: a plan needs no torch.
+    import torch
+
     return Machine(
         gpu=torch.cuda.get_device_name(device),
         capability=torch.cuda.get_device_capability(device),

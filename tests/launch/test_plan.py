@@ -177,6 +177,11 @@ def test_planned_traffic_and_checkpoints_are_those_of_a_run(name: str, tmp_path:
     (event,) = events(tmp_path / "run", "expansion" if "factor" in grow else "layout_change")
     # Selection biases (fp32, 8 experts in 4 layers here) are not planned; they move where layers change ranks.
     biases = 4 * 8 * 4 if name == "pp2-to-1" else 0
+    (start,) = events(tmp_path / "run", "start")
+    # What is decided for a GPU is off here, and said to be.
+    assert start["details"]["choices"].pop("model.dispatcher") == "alltoall"
+    assert not any(start["details"]["choices"].values()) and len(start["details"]["choices"]) == 8
+    assert start["details"]["optimizer"] == "AdamW of torch, fused"
     assert plan["switches"][0]["moved_bytes"] == event["details"]["moved_bytes"] - biases
     assert plan["switches"][0]["notes"] == []
     for stage, step in ((0, "step-00000001"), (1, "step-00000002")):
@@ -331,3 +336,25 @@ def test_planning_imports_neither_torch_nor_mcore() -> None:
 def test_settings_that_cannot_be_run_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.num_experts=8 is not divisible by parallel.expert=3"):
         settings_without_corpus([*_NETWORK, "parallel.expert=3", "data.global_batch_size=6"], 3)
+
+
+_SPREAD = ["model=qwen3_30b_a3b", "parallel.expert=16", "data.global_batch_size=256",
+           "upcycle.stages=[{at_step: 500, factor: 2, mode: exact}]"]  # fmt: skip
+
+
+def test_what_makes_a_step_fast_is_explained_for_a_named_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["plan", "--processes", "64", "--vocab-size", "32000", "--gpu", "h100", "--installed"]
+    assert main([*options, "transformer-engine,deepep", *_SPREAD]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "on H100 with deepep, transformer-engine installed: model.dispatcher flex tokens go to 16 ranks" in text
+    # The second stage routes in families; nothing else changes.
+    assert "installed as before, but: performance.router_fusion false the stage routes in families (exact mode)" in text
+    # The memory of the GPU is known, and judged.
+    assert "of 80.00 GiB" in text
+    assert main([*options, "deepep", "--json", *_SPREAD]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    fused = {c["key"]: (c["value"], c["automatic"]) for c in stages[0]["choices"]}
+    assert fused["performance.permute_fusion"] == (False, True) and fused["model.dispatcher"] == ("flex", True)
+    # Without Transformer Engine attention keeps its scores.
+    assert main([*options, "", *_SPREAD, "model.dispatcher=flex"]) == 2
+    assert "model.dispatcher=flex cannot be here: neither DeepEP nor HybridEP" in capsys.readouterr().err
