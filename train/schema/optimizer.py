@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from model.config import one_of, positive
+from model.config import one_of, positive, toggle
 from parallel.errors import ConfigError
 
 
