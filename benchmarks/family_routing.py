@@ -80,6 +80,7 @@ def make(scale: Scale) -> tuple[list[Any], Callable[[], None]]:
     model = ModelConfig(
         layers=scale.layers, hidden_size=scale.hidden, attention_heads=8, kv_heads=4, ffn_hidden_size=512,
         num_experts=scale.experts_before, top_k=scale.top_k, expert_ffn_hidden_size=scale.ffn, aux_loss_coeff=0.01,
+        experts="grouped",
     )  # fmt: skip
     layout, vocabulary = Layout.create(ParallelConfig(), seed=1), 8192
     chunks = build_chunks(

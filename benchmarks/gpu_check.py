@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu import SECTIONS, WHOLE
+from launch.environment import DEFAULTS
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULT = _ROOT / "benchmarks" / "results" / "gpu_check.json"
@@ -56,7 +57,13 @@ def run_section(
     began, rows, said = time.monotonic(), [], []
     found: dict[str, Any] = {"rows": rows, "seconds": 0.0}
     with subprocess.Popen(
-        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=_ROOT,
+        env={**DEFAULTS, **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
 
         def stop() -> None:
@@ -78,8 +85,10 @@ def run_section(
     found["seconds"] = round(time.monotonic() - began, 1)
     if process.returncode or not rows:
         stopped = [line for line in said if line.startswith("stopped after")]
-        found["error"] = stopped[0] if stopped else said[-1] if said else f"exit code {process.returncode}"
-        found["output"] = said[-40:]
+        # torchrun says a screen of its own after what the ranks said.
+        ranks = [line for line in said if "Error: " in line and "ChildFailedError" not in line]
+        found["error"] = (stopped or ranks[-1:] or said[-1:] or [f"exit code {process.returncode}"])[0]
+        found["output"] = said[-100:]
     return found
 
 
@@ -150,7 +159,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--sections", "--only", metavar="A,B", help="only these, separated by commas")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on CPU too")
-    parser.add_argument("--processes", type=int, metavar="N", help="of sections on several GPUs; all GPUs by default")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="of sections on several GPUs; by default all, or the next lower power of two",
+    )
     parser.add_argument("--output", type=Path, default=_RESULT, metavar="FILE", help="where the result goes")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a result file as a table, and measure nothing")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
@@ -176,7 +190,8 @@ def main() -> int:
     if not cards and not options.small:
         print("error: no CUDA device is visible: run this where there is one, or use --small", file=sys.stderr)
         return 2
-    processes = options.processes or max(cards, 1)
+    # A power of two, which divides the numbers of experts.
+    processes = options.processes or 1 << (max(cards, 1).bit_length() - 1)
     if cards and processes > cards:
         print(f"error: --processes {processes} on {cards} visible GPUs: use at most {cards}", file=sys.stderr)
         return 2

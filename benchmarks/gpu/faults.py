@@ -44,8 +44,10 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         yield _held("out of memory ends with exit code 6", told.returncode == 6, told)
         yield _held("out of memory names the rank and keys", "ran out of memory in" in told.stdout, told)
         yield _held("its snapshot is written", any(run_dir.glob("out-of-memory-rank-*.pickle")), told)
+        many = ["model=tiny", f"data.corpus={prefix}", "data.micro_batch_size=1", f"data.global_batch_size={cards + 1}",
+                "upcycle.stages=[]", "tracking=none"]  # fmt: skip
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards + 1)]
-        told = _output([*command, "-m", "train", "model=tiny", f"data.corpus={prefix}", f"run.dir={folder / 'many'}"])
+        told = _output([*command, "-m", "train", *many, f"run.dir={folder / 'many'}"])
         refused = f"{cards + 1} processes on this machine and {cards} visible GPUs" in told.stdout
         yield _held("one process more than GPUs is refused", refused, told)
 

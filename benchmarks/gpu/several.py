@@ -17,7 +17,7 @@ from parallel.compat import prepare_megatron
 
 prepare_megatron()
 
-from benchmarks.gpu.switch import both_paths, largest, switched  # noqa: E402
+from benchmarks.gpu.switch import BESIDE_DISK, both_paths, largest, switched  # noqa: E402
 from parallel.config import ParallelConfig  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 from train.data.stream import open_corpora  # noqa: E402
@@ -39,7 +39,7 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
             corpus(folder)
         box.barrier()
         prefix = folder / "corpus"
-        few = _TINY if small else ["model=paper_7b", "model.layers=2", "data.sequence_length=1024"]
+        few = _TINY if small else BESIDE_DISK
         # Groups of NCCL are made anew at a switch that changes EP.
         yield from both_paths(few, prefix, folder, processes, first=max(1, processes // 2))
         sizes = [_TINY] if small else [

@@ -78,6 +78,11 @@ def test_a_section_that_hangs_keeps_its_rows(tmp_path: Path, monkeypatch: pytest
     assert found["error"] == "stopped after 2 s" and "at work" in found["output"] and found["seconds"] < 20
 
 
+def test_every_section_can_be_imported() -> None:
+    # Those of a GPU too, which no other fast test runs.
+    assert all(callable(section.load()) for section in SECTIONS.values())
+
+
 def test_sections_of_one_gpu_fit_into_eight_minutes() -> None:
     assert sum(section.seconds for section in SECTIONS.values() if not section.many) <= WHOLE < 480
 
