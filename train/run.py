@@ -12,21 +12,19 @@ from typing import IO, Any
 
 import torch
 
-from model.build import count_parameters, experts_kind, transformer_config
+from model.build import transformer_config
 from model.family_routing import set_release
-from parallel.compat import versions
 from parallel.errors import ConfigError, CoppiceError, DataError
 from parallel.layout import Layout
 from parallel.optimizer_ages import OptimizerAges
-from parallel.optimizer_state import adam_name
 from train import random_state
-from train.acceleration import accelerated, choice_lines, routes_in_families
-from train.checkpoint.folder import Manifest, folder_bytes
+from train.acceleration import accelerated, routes_in_families
+from train.checkpoint.folder import Manifest
 from train.checkpoint.persistence import Persistence
 from train.config import RunSettings
 from train.console import Console
 from train.course import follow
-from train.data.blends import Position, refuse_used_up, stream_blends, table_lines
+from train.data.blends import Position, refuse_used_up, stream_blends
 from train.data.sample_order import Blend, SampleOrder
 from train.data.stream import DataStream, phases_of
 from train.evaluation import Evaluated, Evaluation, evaluate, open_evaluation
@@ -37,7 +35,7 @@ from train.hf.start import begin
 from train.named import named
 from train.observation import Observer
 from train.profile import Profiler
-from train.record import record_step
+from train.record import record_start, record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
 from train.run_lock import lock_run
@@ -145,7 +143,7 @@ class Run:
             layout.rank,
             run.step,
         )
-        run._announce(source, manifest)
+        record_start(run, source, manifest)
         run.persistence.check_space()
         tell_status(run, "running")
         return run
@@ -311,44 +309,6 @@ class Run:
         # What was found at a step that is trained again is not known of the state that it leads to now.
         self.evaluated = None
 
-    def _announce(self, source: Path | None, manifest: Manifest | None) -> None:
-        counts = count_parameters(self.settings.model, self.stage.chunks, self.layout)
-        layout = self.layout.describe()
-        self.console.opening(self.settings, counts, layout, self.data.micro_batches, experts_kind(self.settings.model))
-        sources = self.data.table(self.position(), self.settings.run.steps)
-        self.event(
-            "start",
-            num_experts=self.stage.num_experts,
-            world_size=self.layout.world_size,
-            layout=layout,
-            data=sources,
-            versions=versions(),
-            choices={c.key: c.value for c in self.stage.choices},
-            optimizer=adam_name(self.stage.optimizer),
-            **counts,
-        )
-        self.console.say(f"optimizer: {adam_name(self.stage.optimizer)}")
-        if self.layout.device.type == "cuda":
-            self.console.say(f"chosen for {self.layout.machine().gpu}:")
-            for line in choice_lines(self.stage.choices):
-                self.console.say(line)
-        for line in table_lines(sources):
-            self.console.say(line)
-        if self.persistence.data_changed:
-            self.event("data_change", first_sample=self.samples, change=self.persistence.data_changed)
-            self.console.say(
-                f"other data than before from sample {self.samples} on (data.allow_change): {self.persistence.data_changed}"
-            )
-        for passed in self.skipped:
-            self.event("checkpoint_skipped", **passed)
-            self.console.say(f"checkpoint {passed['checkpoint']} was passed over: {passed['problem']}")
-        if manifest and source:
-            self.event("resume", checkpoint=str(source), stage=manifest.stage, num_experts=manifest.num_experts)
-            self.console.say(
-                f"resumed from {source}: step {self.step}, stage {manifest.stage}, "
-                f"{manifest.num_experts} experts, state verified"
-            )
-
     def event(self, name: str, **details: Any) -> None:
         """Record something that happened; rank 0 writes."""
         if self.layout.rank == 0:
@@ -476,15 +436,6 @@ class Run:
         if self.step == self.settings.run.steps or (interval and self.step % interval == 0):
             evaluate(self)
             self.tracker.draw_load(self.step)
-
-    def checkpoint_event(self, path: Path, seconds: float, step: int) -> None:
-        """Record a checkpoint that was just published, of the state after `step`."""
-        size = folder_bytes(path) if self.layout.rank == 0 else 0
-        self.event(
-            "checkpoint", path=str(path.relative_to(self.files.run_dir)), seconds=seconds, bytes=size, of_step=step
-        )
-        self.console.say(f"step {step}: checkpoint {path.name}, {size / 2**20:.1f} MiB in {seconds:.1f} s")
-        tell_status(self, "running")
 
     def _finish(self, reason: str) -> str:
         self.profiler.end()

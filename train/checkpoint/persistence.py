@@ -39,6 +39,7 @@ from train.data.stream import phases_of
 from train.guard import Guard
 from train.health import Health
 from train.hf.start import check_imported
+from train.record import record_checkpoint
 from train.settings import settings_to_dict
 from train.stage import Stage
 from train.start import model_identity, takes_optimizer
@@ -388,7 +389,7 @@ class Persistence:
     def saved(self, path: Path, seconds: float, manifest: Manifest) -> None:
         """Take note of a published checkpoint, and retire old ones."""
         self._saved = (manifest.step, manifest.stage, path)
-        self.run.checkpoint_event(path, seconds, manifest.step)
+        record_checkpoint(self.run, path, seconds, manifest.step)
         for name, reason in self.folder.retire({plan["step"] for plan in self.run.plans}).items():
             self.run.event("checkpoint_not_removed", checkpoint=name, reason=reason)
             self.run.console.say(f"old checkpoint {name} could not be removed ({reason}): it is tried again later")
