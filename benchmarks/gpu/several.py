@@ -65,10 +65,12 @@ def _choices(small: bool, processes: int, prefix: Path, folder: Path) -> Iterato
     network = _TINY if small else ["model=paper_7b", "model.layers=8", "data.sequence_length=4096"]
     flex = torch.cuda.is_available() and any(importlib.util.find_spec(name) for name in ("deep_ep", "hybrid_ep"))
     kinds = {
-        "alltoall": ["model.dispatcher=alltoall"],
+        "alltoall": ["model.dispatcher=alltoall", "optimizer.overlap_grad_reduce=false",
+                     "optimizer.overlap_param_gather=false"],
         "alltoall, overlap": ["model.dispatcher=alltoall", "optimizer.overlap_grad_reduce=true",
                               "optimizer.overlap_param_gather=true"],
-        **({"flex": ["model.dispatcher=flex"]} if flex else {}),
+        **({"flex": ["model.dispatcher=flex", "optimizer.overlap_grad_reduce=false",
+                    "optimizer.overlap_param_gather=false"]} if flex else {}),
     }  # fmt: skip
     seconds: dict[str, float] = {}
     for number, (name, options) in enumerate(kinds.items()):
