@@ -24,6 +24,10 @@ from parallel.devices import refuse_mixed, refuse_too_few
 from parallel.errors import CoppiceError, LaunchError
 from parallel.machine import Machine, this_machine
 
+# What `launch/environment.py` exports as well; under plain torchrun it is still in time here, as NCCL's groups read it when
+# they are made.
+_FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+
 
 def _check_rendezvous() -> None:
     """Refuse a rendezvous port that somebody else holds, before torch waits on it.
@@ -76,6 +80,8 @@ def join_job(timeout_seconds: int) -> bool:
         local = int(os.environ["LOCAL_RANK"])
         refuse_too_few(torch.cuda.device_count(), local, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.cuda.set_device(local)
+        for name, value in _FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), **alone)
     except (dist.DistError, RuntimeError, ValueError) as e:
@@ -194,6 +200,9 @@ class Layout:
         # Sockets and threads of a gloo group live as long as anything refers to it.
         self.groups = ProcessGroupCollection()
         _destroy_groups()
+        if self.device.type == "cuda":
+            # NCCL allocates past torch: blocks that torch keeps cached are no use to the new communicators.
+            torch.cuda.empty_cache()
         return Layout.create(config, seed)
 
     def seed_streams(self, seed: int) -> None:
@@ -263,7 +272,8 @@ class Layout:
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        dist.barrier()
+        # NCCL's barrier is a sum on a device; unless told which, torch takes the current one and warns that it guessed.
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
