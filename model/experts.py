@@ -29,10 +29,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from model.alignment import ROW_BYTES
 from model.grouped_mm import activated_linear, collect, group_tokens, grouped_linear, per_token, spread, weighted_swiglu
 from parallel.errors import CheckpointError, ConfigError
-
-_ROW_BYTES = 16  # grouped_mm takes rows of a multiple of this length
 
 
 class ExpertBias(torch.nn.Module):
@@ -103,7 +102,7 @@ class GroupedExperts(MegatronModule):
 
     def _check_supported(self) -> None:
         config, ranks = self.config, self.tp_group.size()
-        multiple = _ROW_BYTES // config.params_dtype.itemsize
+        multiple = ROW_BYTES // config.params_dtype.itemsize
         width = "hidden_size" if config.moe_latent_size is None else "moe_latent_size"
         ffn = config.moe_ffn_hidden_size
         for key, size, step in ((width, self.width, multiple), ("moe_ffn_hidden_size", ffn, multiple * ranks)):

@@ -8,6 +8,7 @@ experts on other ranks, would bring those of other tensors; a new stage finds it
 from collections.abc import Mapping
 from typing import Any
 
+from model.alignment import Cut, refuse_unaligned
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 
@@ -39,20 +40,10 @@ def check_sizes(model: Any, parallel: ParallelConfig, precision: str, keys: Mapp
     if precision != "bf16":
         raise ConfigError(f"model.fp8={model.fp8} needs run.precision=bf16, not {precision}: weights are kept in bf16")
     unit = alignment(model.fp8_recipe)
-    cut = [("hidden_size", model.hidden_size, "tensor"), ("ffn_hidden_size", model.ffn_hidden_size, "tensor")]
+    cuts: list[Cut] = [("hidden_size", "tensor"), ("ffn_hidden_size", "tensor")]
     if model.num_experts:
-        cut.append(("expert_ffn_hidden_size", model.expert_ffn_hidden_size, "expert_tensor"))
-    if model.shared_expert_ffn_hidden_size:
-        cut.append(("shared_expert_ffn_hidden_size", model.shared_expert_ffn_hidden_size, "tensor"))
-    for name, size, by in cut:
-        ranks = getattr(parallel, by)
-        if size % (unit * ranks):
-            near = -(-size // (unit * ranks)) * unit * ranks
-            share = f" / {keys[by]}={ranks}" if ranks > 1 else ""
-            raise ConfigError(
-                f"model.{name}={size}{share} is not a multiple of {unit}, which model.fp8_recipe={model.fp8_recipe} needs: "
-                f"use model.{name}={near}, or model.fp8=none"
-            )
+        cuts += [("expert_ffn_hidden_size", "expert_tensor"), ("shared_expert_ffn_hidden_size", "tensor")]
+    refuse_unaligned(model, parallel, keys, cuts, unit, f"model.fp8_recipe={model.fp8_recipe}", "model.fp8=none")
 
 
 def check_device(fmt: str, recipe: str, capability: tuple[int, int], name: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from model.alignment import check_grouped
 from model.config import ModelConfig, divides
 from model.fp8 import check_sizes
 from model.performance import PerformanceConfig
@@ -167,6 +168,7 @@ class RunSettings:
             keys["expert_tensor"],
             parallel.expert_tensor,
         )
+        check_grouped(model, parallel, self.run.precision, keys)
         tensor, pipeline, virtual = keys["tensor"], keys["pipeline"], keys["virtual_pipeline"]
         divides("model.attention_heads", model.attention_heads, tensor, parallel.tensor)
         if model.kv_heads is not None and model.kv_heads % parallel.tensor and parallel.tensor % model.kv_heads:

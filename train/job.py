@@ -44,6 +44,11 @@ def run_settings(settings: RunSettings) -> str:
         with StopRequest(Path(settings.run.dir), layout.rank) as stop:
             try:
                 run = Run.open(settings, layout, corpora, stop)
+            except torch.OutOfMemoryError as e:
+                full = out_of_memory(e, layout.rank, "building or loading the model", Path(settings.run.dir))
+                # This rank knows, whatever the others make of its silence.
+                full.speaks = True
+                raise full from e
             except CoppiceError as e:
                 # Another job's run is not ours to speak of.
                 if layout.rank == 0 and not isinstance(e, LaunchError):
