@@ -337,23 +337,26 @@ class SwitchMemory:
     steady: int
 
 
-def switch_memory(before: Footprint, after: Footprint, path: str, staging_bytes: int) -> SwitchMemory:
+def switch_memory(
+    before: Footprint, after: Footprint, path: str, staging_bytes: int, *, offload: bool = False
+) -> SwitchMemory:
     """Peak of a switch on the live path, after the order of docs/live-switch.md; activations are gone by then.
 
     The old gradients go first, and the new stage begins with weights and masters. So the fullest points are: all of the old
     state beside those, when the weights move; and the end, with the new moments in place. Through a checkpoint the old
-    stage is gone before the new one is built.
+    stage is gone before the new one is built; with offload it is in host memory by then.
 
     Args:
         before: the old stage.
         after: the new one, on the same ranks.
         path: live or checkpoint.
         staging_bytes: of messages on their way, both directions together.
+        offload: as `upcycle.offload`.
     """
     peaks = []
     for old, new in zip(before.ranks, after.ranks, strict=True):
         if path == "live":
-            start = old.weights + old.masters + old.moments + new.weights + new.masters
+            start = old.weights + old.masters + old.moments + (0 if offload else new.weights + new.masters)
             end = new.weights + new.masters + new.moments
             peaks.append(max(start, end) + staging_bytes)
         else:

@@ -332,7 +332,7 @@ def _switch(
     moves = switch_traffic(settings, number, processes, vocab, links.ranks_per_node)
     # Messages in flight stay within the chunk, and there is no more of them than there is to move.
     staging = sum(min(options.transfer_chunk_mib * 2**20, n) for n in moves.largest_by_rank())
-    memory = switch_memory(before, after, options.path, staging)
+    memory = switch_memory(before, after, options.path, staging, offload=options.offload)
     shares = (old["experts_active_share"], new["experts_active_share"])
     falls = shares[0] is not None and shares[1] < shares[0]
     return {
@@ -343,6 +343,7 @@ def _switch(
         "peak_rank": memory.rank,
         "peak_bytes": memory.peak,
         "staging_bytes": staging,
+        "host_bytes": max(m.weights + m.masters + m.moments for m in before.ranks) if options.offload else 0,
         "peak_bound_bytes": round(SWITCH_BOUND * memory.steady),
         "saves": [old["checkpoint_bytes"]] * (options.save_before or options.path == "checkpoint")
         + [new["checkpoint_bytes"]] * (options.save_after or options.path == "checkpoint"),
@@ -401,7 +402,8 @@ def needed_bytes(settings: RunSettings, processes: int, vocab: int, flash: bool,
     only = sorted({rank for ranks in firsts for rank in ranks})
     prints = [footprint(settings, i, processes, vocab, flash=flash, only=only) for i in range(number)]
     found = [p.ranks[p.largest].total for p in prints]
-    found += [switch_memory(a, b, settings.upcycle.path, staging_bytes).peak for a, b in pairwise(prints)]
+    path, offload = settings.upcycle.path, settings.upcycle.offload
+    found += [switch_memory(a, b, path, staging_bytes, offload=offload).peak for a, b in pairwise(prints)]
     return max(found)
 
 

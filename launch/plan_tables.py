@@ -148,6 +148,8 @@ def _switch(switch: dict[str, Any], links: dict[str, Any]) -> Iterator[str]:
         f"  memory at its peak {size(switch['peak_bytes'])} (rank {switch['peak_rank']}); aim: at most "
         f"{size(switch['peak_bound_bytes'])}"
     )
+    if switch["host_bytes"]:
+        yield f"  host memory while the old stage is offloaded: at most {size(switch['host_bytes'])} per rank"
     saves = switch["saves"]
     yield f"  checkpoints written: {' and '.join(size(n) for n in saves) if saves else 'none'}"
     if switch["path"] != "live":

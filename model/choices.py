@@ -19,7 +19,7 @@ from parallel.machine import Machine
 # Sizes of a group that DeepEP has settings for, beyond those inside a node.
 _DEEPEP_ACROSS_NODES = (16, 24, 32, 64, 128, 144, 160)
 _DEEPEP_IN_NODE = (2, 4, 8)
-_BLACKWELL, _AMPERE = (10, 0), (8, 0)
+_BLACKWELL, _HOPPER = (10, 0), (9, 0)
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,21 @@ class Situation:
 
     @property
     def across_nodes(self) -> bool:
-        """Whether tokens leave the node."""
-        return self.spread > self.machine.ranks_per_node
+        """Whether tokens leave the node: the ranks that share a layer's experts are neighbours, and may straddle nodes."""
+        return self.machine.ranks_per_node % self.spread != 0
 
+
+# mcore's fields that the keys stand for; set past them, what a run says of itself would be wrong.
+_FIELDS = {
+    "moe_token_dispatcher_type": "model.dispatcher",
+    "moe_flex_dispatcher_backend": "performance.flex_backend",
+    "moe_permute_fusion": "performance.permute_fusion",
+    "moe_router_fusion": "performance.router_fusion",
+    "apply_rope_fusion": "performance.rope_fusion",
+    "cross_entropy_loss_fusion": "performance.cross_entropy_fusion",
+    "gradient_accumulation_fusion": "performance.gradient_accumulation_fusion",
+    "moe_shared_expert_overlap": "performance.shared_expert_overlap",
+}
 
 # What stands in the way (None: nothing), whether it is worth it, and why.
 _Verdict = tuple[str | None, bool, str]
@@ -99,10 +111,18 @@ def choose(at: Situation) -> tuple[Choice, ...]:
     Raises:
         ConfigError: naming a key that was set to what cannot be, what stands in the way, and the remedy.
     """
+    for field, key in _FIELDS.items():
+        if field in at.model.mcore:
+            raise ConfigError(f"model.mcore.{field}={at.model.mcore[field]} has a key of its own: use {key}")
     dispatcher = _dispatcher(at)
     choices = [dispatcher]
     if dispatcher.value == "flex":
         choices.append(_backend(at))
+    elif at.performance.flex_backend != "auto":
+        raise ConfigError(
+            f"performance.flex_backend={at.performance.flex_backend} is of the flex dispatcher, and this is "
+            f"{dispatcher.value} ({dispatcher.why}): use performance.flex_backend=auto, or model.dispatcher=flex"
+        )
     wishes: list[tuple[str, bool | str, _Verdict]] = [
         *((f"performance.{name}", getattr(at.performance, name), rule(at)) for name, rule in _RULES.items()),
         ("performance.shared_expert_overlap", at.performance.shared_expert_overlap, _shared_experts(at, dispatcher)),
@@ -156,7 +176,11 @@ def _dispatcher(at: Situation) -> Choice:
         return Choice(
             key, "flex", f"tokens go to {at.spread} ranks in several nodes, and HybridEP is there", automatic=True
         )
-    if at.machine.has("deepep") and at.machine.ranks_per_node == 8 and at.spread in _DEEPEP_ACROSS_NODES:
+    if at.machine.capability < _HOPPER or not at.machine.has("deepep"):
+        return Choice(
+            key, "alltoall", f"nothing installed is made for several nodes of {at.machine.gpu}", automatic=True
+        )
+    if at.machine.ranks_per_node == 8 and at.spread in _DEEPEP_ACROSS_NODES:
         why = f"tokens go to {at.spread} ranks in several nodes, and DeepEP sends each once per node"
         return Choice(key, "flex", why, automatic=True)
     why = f"DeepEP has no settings for {at.spread} ranks on nodes of {at.machine.ranks_per_node}"
@@ -190,6 +214,8 @@ def _backend(at: Situation) -> Choice:
 def _engine(at: Situation, why: str) -> _Verdict:
     """Of what needs Transformer Engine and nothing else."""
     obstacle = None if at.machine.has("transformer-engine") else "it needs Transformer Engine and a GPU"
+    if at.model.experts in ("grouped", "sequential"):
+        return obstacle, False, f"model.experts={at.model.experts} keeps Transformer Engine out"
     return obstacle, True, why
 
 
@@ -212,10 +238,10 @@ def _rope(at: Situation) -> _Verdict:
         return "mcore fuses the rotation of latent attention for yarn only", False, ""
     if at.documents:
         return "documents are kept apart, and positions begin anew in each", False, ""
-    obstacle, _, why = _engine(at, "one kernel of Transformer Engine")
+    obstacle, worth, why = _engine(at, "one kernel of Transformer Engine")
     if at.model.attention == "mla":
         return obstacle, False, "mcore calls it experimental for latent attention"
-    return obstacle, True, why
+    return obstacle, worth, why
 
 
 def _cross_entropy(at: Situation) -> _Verdict:

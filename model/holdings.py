@@ -19,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 
 from model.sharded_state import model_state, sharded_leaves
 from parallel.errors import ExpansionError
+from parallel.host_memory import HostCopy
 from parallel.layout import Layout
 from parallel.optimizer_state import MOMENTS, OptimizerView, optimizer_views
 from parallel.regions import Box, flat_boxes
@@ -54,6 +55,7 @@ class _Memory:
 
     def __init__(self, tensor: torch.Tensor | None, view: OptimizerView | None = None, name: str = "") -> None:
         self._tensor, self._view, self._name = tensor, view, name
+        self._host: HostCopy | None = None
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -62,8 +64,18 @@ class _Memory:
             self._tensor = self._view.moment(self._name)
         return self._tensor
 
+    def move_to(self, host: HostCopy) -> None:
+        """Lie in a copy of the whole storage from now on, where the tensor lay in the storage."""
+        old = self.tensor
+        self._tensor = torch.empty(0, dtype=old.dtype).set_(
+            host.bytes.untyped_storage(), old.storage_offset(), old.shape, old.stride()
+        )
+        self._host = host
+
     def free(self) -> None:
-        if self._tensor is not None:
+        if self._host is not None:
+            self._host.free()
+        elif self._tensor is not None:
             self._tensor.untyped_storage().resize_(0)
 
 
@@ -114,6 +126,34 @@ class StageState:
         """Free what was needed last in this wave, if `free_as_it_goes` was called."""
         for memory in self._free_after.pop(wave, ()):
             memory.free()
+
+    def _storages(self) -> dict[int, list[_Memory]]:
+        """The memories by the storage that they lie in: weights and moments share flat buffers."""
+        found: dict[int, dict[int, _Memory]] = {}
+        for pieces in self._pieces.values():
+            for _, memory in pieces:
+                found.setdefault(memory.tensor.untyped_storage().data_ptr(), {})[id(memory)] = memory
+        return {storage: list(memories.values()) for storage, memories in found.items()}
+
+    def host_bytes(self) -> int:
+        """Host memory that `move_to_host` takes: all of it, or the largest part where the device is the host."""
+        sizes = [memories[0].tensor.untyped_storage() for memories in self._storages().values()]
+        return (max if all(s.device.type == "cpu" for s in sizes) else sum)([0, *(s.nbytes() for s in sizes)])
+
+    def move_to_host(self) -> None:
+        """Copy every tensor to host memory, one storage after the other, and free its memory on the device.
+
+        Whoever holds references to the tensors must not use them any more.
+
+        Raises:
+            MemoryError: the host has no more.
+        """
+        for memories in self._storages().values():
+            storage = memories[0].tensor.untyped_storage()
+            host = HostCopy(storage)
+            for memory in memories:
+                memory.move_to(host)
+            storage.resize_(0)
 
     def free_as_it_goes(self) -> None:
         """Let `end` free the memory of this stage; whoever holds references to its tensors must not use them any more."""

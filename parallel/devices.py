@@ -1,6 +1,6 @@
 """What a device can do, how full it is, and which set of devices a job may start on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import psutil
@@ -73,6 +73,24 @@ def refuse_mixed(kinds: Sequence[str]) -> None:
             raise LaunchError(
                 f"rank 0 has a {kinds[0]} and rank {rank} a {kind}: use machines of one kind, or choose with "
                 "CUDA_VISIBLE_DEVICES"
+            )
+
+
+def refuse_unlike(libraries: Sequence[Collection[str]]) -> None:
+    """Refuse ranks with other libraries than rank 0: they would compute and send in other ways, and wait for ever.
+
+    Args:
+        libraries: what is installed where each rank runs, in rank order.
+
+    Raises:
+        LaunchError: naming a rank and a library.
+    """
+    for rank, found in enumerate(libraries):
+        for library in sorted(set(found) ^ set(libraries[0])):
+            with_it, without = (0, rank) if library in libraries[0] else (rank, 0)
+            raise LaunchError(
+                f"rank {with_it} has {library} and rank {without} has not: install the same on every machine "
+                "(`python -m launch preflight` compares them)"
             )
 
 

@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel import errors
 from parallel.config import ParallelConfig
-from parallel.devices import refuse_mixed, refuse_too_few
+from parallel.devices import refuse_mixed, refuse_too_few, refuse_unlike
 from parallel.errors import CoppiceError, LaunchError
 from parallel.machine import Machine, this_machine
 
@@ -92,10 +92,11 @@ def join_job(timeout_seconds: int) -> bool:
             f"MASTER_PORT={where} ({first}): check that the port is free and every process was started"
         ) from None
     if cuda:
-        kinds: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(kinds, torch.cuda.get_device_name())
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, this_machine(torch.device("cuda", local), 1))
         try:
-            refuse_mixed(kinds)
+            refuse_mixed([machine.gpu for machine in told])
+            refuse_unlike([machine.libraries for machine in told])
         except LaunchError:
             dist.destroy_process_group()
             raise

@@ -16,14 +16,15 @@ from parallel.transformer_engine import have_transformer_engine
 if TYPE_CHECKING:
     import torch
 
-# Kind of GPU -> compute capability and memory in GiB, from NVIDIA's data sheets.
+# Kind of GPU -> compute capability, and memory in GiB that programs see: data sheets count in GB and leave out what ECC and
+# the driver take. H100 and H200 as seen on machines, the others by the same share of their data sheets.
 GPU_KINDS = {
-    "A100": ((8, 0), 80),
-    "H100": ((9, 0), 80),
-    "H200": ((9, 0), 141),
-    "GH200": ((9, 0), 96),
-    "B200": ((10, 0), 180),
-    "GB200": ((10, 0), 186),
+    "A100": ((8, 0), 78),
+    "H100": ((9, 0), 78),
+    "H200": ((9, 0), 139),
+    "GH200": ((9, 0), 94),
+    "B200": ((10, 0), 177),
+    "GB200": ((10, 0), 183),
 }
 # What a plan may assume to be installed. `apex` stands for NVIDIA's extension for weight gradients alone.
 LIBRARIES = ("transformer-engine", "deepep", "hybridep", "apex")

@@ -7,6 +7,7 @@ experts (schedule, generators, Adam's step count) is carried over by both alike.
 
 import contextlib
 import gc
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from model.fingerprint import take_fingerprints
 from model.holdings import describe_stage
 from model.sharded_state import expert_keys
 from parallel.errors import ExpansionError
+from parallel.host_memory import refuse_too_little
 from parallel.layout import Layout
 from parallel.optimizer_ages import OptimizerAges
 from parallel.optimizer_state import get_step, has_moments, set_step
@@ -104,6 +106,7 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
     Raises:
         ExpansionError: on all ranks, if a rank fails or the new stage is not what the plan says.
     """
+    options = run.settings.upcycle
     with clock.act("describe"):
         with run.layout.together("reading the checkpoint before the switch"):
             before = read_manifest(saved).fingerprints if saved else None
@@ -114,10 +117,16 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         told = run.layout.gather_objects((get_step(run.stage.optimizer), has_moments(run.stage.optimizer)))
         step, moments = max(step for step, _ in told), any(has for _, has in told)
         old = describe_stage(run.stage.chunks, run.stage.optimizer, run.layout, moments=moments)
+        if options.offload:
+            refuse_too_little(old.host_bytes(), socket.gethostname(), run.layout)
     with clock.act("rebuild"):
         # The order keeps the peak low: first everything goes that the new stage does not need, and the new stage has no
         # gradients until the old one is gone.
         run.stage.release_gradients()
+        if options.offload:
+            what = "moving the old stage to host memory"
+            with run.layout.together(what), _out_of_memory_explained(what), torch.no_grad():
+                old.move_to_host()
         number, plans = run.stage.number + 1, [*run.plans, plan.to_dict()]
         run.stage.release()
         gc.collect()
@@ -130,7 +139,7 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
             new = describe_stage(run.stage.chunks, run.stage.optimizer, layout, moments=moments)
     with clock.act("move"):
         old.free_as_it_goes()
-        chunk_bytes = run.settings.upcycle.transfer_chunk_mib << 20
+        chunk_bytes = options.transfer_chunk_mib << 20
         with _out_of_memory_explained("moving the training state"):
             moved = move_state(old, new, plan, experts, layout, chunk_bytes=chunk_bytes)
         del old

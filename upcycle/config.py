@@ -75,6 +75,9 @@ class UpcycleConfig:
     save_after: bool = False
     # Staging memory of the live path per rank and direction, in MiB.
     transfer_chunk_mib: int = 64
+    # Live path: keep the old stage in (pinned) host memory while the new one is built and filled. The device then never
+    # holds more than one stage, and the pause is longer by the way there and back.
+    offload: bool = False
 
     def release_fraction(self, number: int, step: int) -> float:
         """How far stage `number` has let go of family routing after `step`; 1 is plain top-K, as before any expansion."""
@@ -158,6 +161,11 @@ class UpcycleConfig:
             raise ConfigError("upcycle.stages needs experts: model.num_experts=0 is a dense model")
         one_of("upcycle.path", self.path, PATHS)
         positive("upcycle.transfer_chunk_mib", self.transfer_chunk_mib)
+        if self.offload and self.path != "live":
+            raise ConfigError(
+                f"upcycle.offload=true needs upcycle.path=live, not {self.path}: through a checkpoint the old stage is gone "
+                "before the new one is built"
+            )
         # Only what is expanded offline can begin before the first step (`check_triggers`): a model that was imported.
         before, last, decided = model.num_experts, -1, "parallel.expert"
         released = 0

@@ -350,7 +350,7 @@ def test_what_makes_a_step_fast_is_explained_for_a_named_gpu(capsys: pytest.Capt
     # The second stage routes in families; nothing else changes.
     assert "installed as before, but: performance.router_fusion false the stage routes in families (exact mode)" in text
     # The memory of the GPU is known, and judged.
-    assert "of 80.00 GiB" in text
+    assert "of 78.00 GiB" in text
     assert main([*options, "deepep", "--json", *_SPREAD]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     fused = {c["key"]: (c["value"], c["automatic"]) for c in stages[0]["choices"]}

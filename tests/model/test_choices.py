@@ -63,6 +63,8 @@ def test_hopper_with_transformer_engine() -> None:
         (_h100("deepep"), 48, "alltoall", None),  # no settings for so many
         (_h100("deepep,hybridep"), 16, "flex", "deepep"),
         (named_machine("GB200", "deepep,hybridep", 4), 32, "flex", "hybridep"),
+        (named_machine("A100", "deepep", 8), 16, "alltoall", None),  # not worth it
+        (_h100("deepep", 12), 8, "alltoall", None),  # straddles nodes, which DeepEP does not know
         (named_machine("B200", "transformer-engine", 8), 32, "alltoall", None),
     ],
 )
@@ -76,6 +78,8 @@ def test_the_dispatcher(machine: Machine, expert: int, dispatcher: str, backend:
     ("changes", "off"),
     [
         ({"families": True}, {"router_fusion"}),
+        ({"model": ModelConfig(experts="grouped", shared_expert_ffn_hidden_size=8)},
+         {"permute_fusion", "router_fusion", "rope_fusion"}),
         ({"documents": True}, {"rope_fusion"}),
         ({"sharded": False}, {"overlap_param_gather"}),
         ({"overlap_grad_reduce": False}, {"overlap_grad_reduce", "overlap_param_gather"}),
@@ -111,6 +115,10 @@ def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any]
                            "world_size": 3}, "no settings for 3 ranks"),
         (_h100("deepep"), {"model": ModelConfig(dispatcher="flex", shared_expert_ffn_hidden_size=8),
                            "performance": PerformanceConfig(shared_expert_overlap=True)}, "needs alltoall"),
+        (_h100("deepep"), {"performance": PerformanceConfig(flex_backend="deepep")},
+         r"flex_backend=deepep is of the flex dispatcher, and this is alltoall"),
+        (_CPU, {"model": ModelConfig(mcore={"moe_permute_fusion": True})},
+         r"model\.mcore\.moe_permute_fusion=True has a key of its own: use performance\.permute_fusion"),
         (_h100(), {"performance": PerformanceConfig(shared_expert_overlap=True), "model": ModelConfig()},
          "no shared experts"),
     ],

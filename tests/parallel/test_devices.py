@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.devices import memory_peak, out_of_memory, refuse_mixed, refuse_too_few
+from parallel.devices import memory_peak, out_of_memory, refuse_mixed, refuse_too_few, refuse_unlike
 from parallel.errors import LaunchError
 
 
@@ -34,3 +34,11 @@ def test_memory_of_this_process() -> None:
     before = memory_peak(torch.device("cpu"))
     held = torch.ones(64 << 20, dtype=torch.uint8)
     assert memory_peak(torch.device("cpu")) - before > 0.9 * held.numel()
+
+
+def test_a_library_that_one_rank_lacks_is_named() -> None:
+    refuse_unlike([{"deepep"}, {"deepep"}])
+    with pytest.raises(LaunchError, match="rank 0 has deepep and rank 2 has not: install the same"):
+        refuse_unlike([{"deepep"}, {"deepep"}, set()])
+    with pytest.raises(LaunchError, match="rank 1 has apex and rank 0 has not"):
+        refuse_unlike([set(), {"apex"}])

@@ -32,7 +32,7 @@ _NETWORK = ["model.num_experts=8"]
 _CASES: dict[str, tuple[int, list[str], str, list[str]]] = {
     "ep2-bf16": (2, ["parallel.expert=2"], _TWICE, []),
     "ep2-m3": (2, ["parallel.expert=2"], "factor: 3", []),
-    "ep2-to-4-greedy-chunks": (4, ["parallel.expert=2"], _TWICE + ", parallel: {expert: 4}", ["upcycle.transfer_chunk_mib=1"]),
+    "ep2-to-4-greedy-chunks": (4, ["parallel.expert=2"], _TWICE + ", parallel: {expert: 4}", ["upcycle.transfer_chunk_mib=1", "upcycle.offload=true"]),
     "layout-only-ep2-to-4": (4, ["parallel.expert=2"], "parallel: {expert: 4}", []),
     "tp2-to-1": (2, ["parallel.tensor=2", "parallel.expert=2"], _TWICE + ", parallel: {tensor: 1}", []),
 }  # fmt: skip
@@ -77,6 +77,10 @@ _SLOW: dict[str, tuple[int, list[str], str, list[str]]] = {
         8, ["parallel.expert=4", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
         "factor: 2, parallel: {expert: 8}", ["data.global_batch_size=16"],
     ),
+    "pp2-tied-offload": (
+        4, ["parallel.pipeline=2", "parallel.expert=2"], _TWICE, ["model.tie_embeddings=true", "upcycle.offload=true"],
+    ),
+    "fp32-offload": (2, ["parallel.expert=2", "run.precision=fp32"], _TWICE, ["upcycle.offload=true"]),
     "fp32": (4, ["parallel.expert=2", "run.precision=fp32"], _TWICE + ", parallel: {expert: 4}", []),
 }  # fmt: skip
 
@@ -94,7 +98,7 @@ def test_live_equals_the_checkpoint_path(name: str, corpus: Path, tmp_path: Path
         [
             [*base, seed, "run.stop_at_step=2"],
             [*base, live, start],
-            [*base, disk, start, "upcycle.path=checkpoint"],
+            [*base, disk, start, "upcycle.path=checkpoint", "upcycle.offload=false"],
         ],
         timeout=400,
     )

@@ -93,6 +93,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["upcycle.stages=[{at_step: 9, factor: 4, selection: sampling, max_extra_copies: 2}]"], 2, r"max_extra_copies=2 is too small for 8 -> 32"),
         (["upcycle.stages=[{at_step: 9, factor: 2, utility: luck}]"], 2, r"utility=luck is unknown: use one of grad_norm, weight_norm, saliency"),
         (["upcycle.path=sideways"], 2, r"upcycle\.path=sideways is unknown: use one of live, checkpoint"),
+        (["upcycle.offload=true", "upcycle.path=checkpoint"], 2, r"upcycle\.offload=true needs upcycle\.path=live, not checkpoint"),
         (["upcycle.transfer_chunk_mib=0"], 2, r"upcycle\.transfer_chunk_mib=0 must be above zero"),
         (["upcycle.stages=[{at_step: 9, factor: 2}, {at_step: 9, factor: 2}]"], 2, r"stages\[1\]\.at_step=9 must come after"),
         (["model.balancing=aux_loss"], 2, r"needs model\.balancing=loss_free, not aux_loss"),
