@@ -1,5 +1,7 @@
 """What every rank's environment holds unless the user says otherwise; libraries read it when a process starts."""
 
+from collections.abc import Mapping
+
 DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -13,3 +15,11 @@ DEFAULTS = {
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
+# Newer names of the same settings. torch prefers the older one, so what a user gave under the newer is to be its value.
+NEWER = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
+
+
+def with_defaults(given: Mapping[str, str]) -> dict[str, str]:
+    """An environment with the defaults where it says nothing."""
+    newer = {old: given[new] for old, new in NEWER.items() if new in given}
+    return DEFAULTS | newer | dict(given)

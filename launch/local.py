@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from launch.environment import DEFAULTS
+from launch.environment import with_defaults
 from launch.sweep import Ended, add_flag, plan_sweep, run_sweep
 from parallel.errors import LaunchError
 from train.config import RunSettings
@@ -131,7 +131,7 @@ def _check(processes: int, port: int | None) -> None:
 
 def run_ranks(processes: int, port: int | None, overrides: list[str], settings: RunSettings) -> Ended:
     """Start the ranks of a run that has been checked, and wait for them; a stop signal is passed on once."""
-    environment = DEFAULTS | dict(os.environ)
+    environment = with_defaults(os.environ)
     # A session of its own: Ctrl-C reaches this process alone, which passes it on.
     agent = subprocess.Popen(
         torchrun_command(processes, port, overrides),

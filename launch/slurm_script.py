@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.environment import DEFAULTS
+from launch.environment import DEFAULTS, NEWER
 
 # What sbatch and bash take literally.
 _PLAIN = re.compile(r"[\w./:=,@%+^-]", re.ASCII)
@@ -104,7 +104,10 @@ def _environment(job: SlurmJob) -> str:
     if job.interface:
         given = {"NCCL_SOCKET_IFNAME": job.interface, "GLOO_SOCKET_IFNAME": job.interface} | given
     lines = [f"export PYTHONPATH={shlex.quote(str(job.root))}${{PYTHONPATH:+:$PYTHONPATH}}"]
-    lines += [f'export {name}="${{{name}:-{value}}}"' for name, value in DEFAULTS.items() if name not in given]
+    for name, value in DEFAULTS.items():
+        if name not in given:
+            default = f"${{{NEWER[name]}:-{value}}}" if name in NEWER else value
+            lines.append(f'export {name}="${{{name}:-{default}}}"')
     lines += [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
     return "\n".join([*lines, ""])
 

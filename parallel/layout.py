@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,21 @@ from parallel.devices import refuse_mixed, refuse_too_few, refuse_unlike
 from parallel.errors import CoppiceError, LaunchError
 from parallel.machine import Machine, this_machine
 
-# What `launch/environment.py` exports as well; under plain torchrun it is still in time here, as NCCL's groups read it when
-# they are made.
-_FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+
+def flight_recorder(records: Path | None) -> dict[str, str]:
+    """Variables that keep NCCL's flight recorder on: what every rank was waiting for when a collective timed out.
+
+    Under plain torchrun it is still in time to set them before the first group is made.
+
+    Args:
+        records: folder for what it writes, `nccl-trace-rank-R`; None leaves torch's (/tmp).
+    """
+    found = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    if records is not None:
+        # Torch adds the rank. The second name is the older one.
+        prefix = f"{records.absolute()}/nccl-trace-rank-"
+        found |= {"TORCH_FR_DUMP_TEMP_FILE": prefix, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix}
+    return found
 
 
 def _check_rendezvous() -> None:
@@ -51,8 +64,12 @@ def _check_rendezvous() -> None:
             ) from None
 
 
-def join_job(timeout_seconds: int) -> bool:
+def join_job(timeout_seconds: int, records: Path | None = None) -> bool:
     """Join the job's process group: NCCL where there is CUDA, gloo otherwise; a single process needs no launcher.
+
+    Args:
+        timeout_seconds: after which a collective that a rank never joined ends the job.
+        records: folder for what NCCL's flight recorder writes then.
 
     Returns:
         Whether this call joined; False where the caller's process had joined already and has to leave by itself.
@@ -80,7 +97,7 @@ def join_job(timeout_seconds: int) -> bool:
         local = int(os.environ["LOCAL_RANK"])
         refuse_too_few(torch.cuda.device_count(), local, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.cuda.set_device(local)
-        for name, value in _FLIGHT_RECORDER.items():
+        for name, value in flight_recorder(records).items():
             os.environ.setdefault(name, value)
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), **alone)

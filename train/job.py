@@ -37,7 +37,7 @@ def run_settings(settings: RunSettings) -> str:
     # The run opens them too; what is wrong with one is told before any process group.
     open_sets(settings.evaluation, settings.data, corpora)
     check_published(settings, corpora)
-    joined = join_job(settings.parallel.timeout_seconds)
+    joined = join_job(settings.parallel.timeout_seconds, Path(settings.run.dir))
     try:
         layout = Layout.create(settings.parallel, settings.run.seed)
         # Before the run is opened: reading corpora and a checkpoint may take long.

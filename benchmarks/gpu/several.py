@@ -1,7 +1,6 @@
 """What needs several GPUs, one process on each: 7B to 13B, growth of EP, dispatchers and overlap."""
 
 import gc
-import importlib.util
 import os
 import statistics
 import tempfile
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.rows import corpus, fitting, row, synchronize
+from benchmarks.gpu.rows import corpus, device, fitting, row, synchronize
 from parallel.compat import prepare_megatron
 
 prepare_megatron()
@@ -20,6 +19,7 @@ prepare_megatron()
 from benchmarks.gpu.switch import BESIDE_DISK, both_paths, largest, switched  # noqa: E402
 from parallel.config import ParallelConfig  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
+from parallel.machine import this_machine  # noqa: E402
 from train.data.stream import open_corpora  # noqa: E402
 from train.run import Run  # noqa: E402
 from train.settings import load_settings  # noqa: E402
@@ -63,7 +63,8 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
 def _choices(small: bool, processes: int, prefix: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Step time with each dispatcher, and with overlap on and off."""
     network = _TINY if small else ["model=paper_7b", "model.layers=8", "data.sequence_length=4096"]
-    flex = torch.cuda.is_available() and any(importlib.util.find_spec(name) for name in ("deep_ep", "hybrid_ep"))
+    machine = this_machine(device(), processes)
+    flex = machine.has("deepep") or machine.has("hybridep")
     kinds = {
         "alltoall": ["model.dispatcher=alltoall", "optimizer.overlap_grad_reduce=false",
                      "optimizer.overlap_param_gather=false"],

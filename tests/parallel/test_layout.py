@@ -6,6 +6,7 @@ The train steps are those of a run, on mcore's real modules, so that whatever th
 import gc
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -139,3 +140,15 @@ def test_a_new_layout_starts_its_streams_from_its_own_seed() -> None:
         assert torch.equal(first, back)
     experts = [second[2] for _, second, _, _ in results]
     assert not any(torch.equal(experts[0], other) for other in experts[1:])
+
+
+def test_the_flight_recorder_writes_where_the_run_does(tmp_path: Path) -> None:
+    from parallel.layout import flight_recorder
+
+    told = flight_recorder(tmp_path / "run")
+    assert told["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    # Both names, because torch reads one or the other by its version.
+    assert {told["TORCH_FR_DUMP_TEMP_FILE"], told["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]} == {
+        f"{tmp_path}/run/nccl-trace-rank-"
+    }
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in flight_recorder(None)
