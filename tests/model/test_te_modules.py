@@ -242,3 +242,51 @@ def _extra_state_left_out() -> None:
 
 def test_scales_and_histories_of_fp8_are_neither_written_nor_carried_over() -> None:
     run_distributed(_extra_state_left_out, 1)
+
+
+def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
+    """What is decided for a Hopper card, put to mcore's own checks with this Transformer Engine."""
+    from model import build
+    from model.choices import Situation, choose, resolved
+    from model.config import ModelConfig
+    from model.performance import PerformanceConfig
+    from parallel.config import ParallelConfig
+    from parallel.machine import named_machine
+
+    overlap = network.get("shared_expert_ffn_hidden_size") is not None
+    at = Situation(
+        model=ModelConfig(**(_SIZES | network)),
+        performance=PerformanceConfig(shared_expert_overlap=overlap),
+        overlap_grad_reduce="auto",
+        overlap_param_gather="auto",
+        sharded=True,
+        parallel=ParallelConfig(),
+        world_size=1,
+        bf16=True,
+        families=False,
+        documents=False,
+        machine=named_machine("h100", "transformer-engine", 1),
+    )
+    model, performance = resolved(at, choose(at))
+    layout = _layout()
+    with (
+        mock.patch.object(build, "experts_kind", return_value="te"),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+    ):
+        (chunk,) = build.build_chunks(
+            model, 4, layout, vocab_size=64, sequence_length=32, precision="bf16", performance=performance
+        )
+    names = ("moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion")
+    return {name: getattr(chunk.config, name) for name in (*names, "moe_shared_expert_overlap")}
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla"])
+def test_mcore_takes_what_is_decided_for_a_gpu(name: str) -> None:
+    [found] = run_distributed(_with_choices, 1, NETWORKS[name])
+    assert found == {
+        "moe_permute_fusion": True,
+        "moe_router_fusion": True,
+        "apply_rope_fusion": name == "gqa",
+        "cross_entropy_loss_fusion": True,
+        "moe_shared_expert_overlap": name == "gqa",
+    }
