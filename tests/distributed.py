@@ -24,6 +24,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -134,9 +135,17 @@ def _unpack(packed: bytes) -> Any:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody holds, below those that the system hands out for connections: one of these may be gone by the time the
+    ranks listen, with a second test session on the same machine it sometimes is.
+    """
+    while True:
+        port = secrets.choice(range(15000, 32000))
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 @contextlib.contextmanager
