@@ -26,7 +26,12 @@ def main(words: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.")
         if words[:1] == [name]:
             importlib.import_module(f"launch.{name}").add_arguments(command)
-    arguments = parser.parse_args(words)
+    # argparse takes a list of words in one piece only, and options may well stand between settings.
+    arguments, later = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in later) or (later and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(later)}")
+    if later:
+        arguments.overrides = [*arguments.overrides, *later]
     try:
         return int(importlib.import_module(f"launch.{arguments.command}").run(arguments))
     except CoppiceError as e:

@@ -355,6 +355,12 @@ def test_what_makes_a_step_fast_is_explained_for_a_named_gpu(capsys: pytest.Capt
     stages = json.loads(capsys.readouterr().out)["stages"]
     fused = {c["key"]: (c["value"], c["automatic"]) for c in stages[0]["choices"]}
     assert fused["performance.permute_fusion"] == (False, True) and fused["model.dispatcher"] == ("flex", True)
+    # Settings may stand on both sides of an option.
+    assert main([*options[:5], *_SPREAD[:2], "--gpu", "h100", *_SPREAD[2:]]) == 0
+    assert "SWITCH after step 500" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*options[:5], *_SPREAD, "--gppu", "h100"])
+    assert "unrecognized arguments: --gppu" in capsys.readouterr().err
     # Without Transformer Engine attention keeps its scores.
     assert main([*options, "", *_SPREAD, "model.dispatcher=flex"]) == 2
     assert "model.dispatcher=flex cannot be here: neither DeepEP nor HybridEP" in capsys.readouterr().err
