@@ -86,17 +86,19 @@ class Situation:
         return self.machine.ranks_per_node % self.spread != 0
 
 
-# mcore's fields that the keys stand for; set past them, what a run says of itself would be wrong.
-_FIELDS = {
-    "moe_token_dispatcher_type": "model.dispatcher",
-    "moe_flex_dispatcher_backend": "performance.flex_backend",
-    "moe_permute_fusion": "performance.permute_fusion",
-    "moe_router_fusion": "performance.router_fusion",
-    "apply_rope_fusion": "performance.rope_fusion",
-    "cross_entropy_loss_fusion": "performance.cross_entropy_fusion",
-    "gradient_accumulation_fusion": "performance.gradient_accumulation_fusion",
-    "moe_shared_expert_overlap": "performance.shared_expert_overlap",
+# mcore's field for every key of `performance` that is true or false; those of MoE layers begin with moe_.
+_TOGGLES = {
+    "permute_fusion": "moe_permute_fusion",
+    "router_fusion": "moe_router_fusion",
+    "rope_fusion": "apply_rope_fusion",
+    "cross_entropy_fusion": "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion": "gradient_accumulation_fusion",
+    "shared_expert_overlap": "moe_shared_expert_overlap",
 }
+_DISPATCHER, _BACKEND = "moe_token_dispatcher_type", "moe_flex_dispatcher_backend"
+# Set past their keys, what a run says of itself would be wrong.
+_FIELDS = {field: f"performance.{name}" for name, field in _TOGGLES.items()}
+_FIELDS |= {_DISPATCHER: "model.dispatcher", _BACKEND: "performance.flex_backend"}
 
 # What stands in the way (None: nothing), whether it is worth it, and why.
 _Verdict = tuple[str | None, bool, str]
@@ -317,18 +319,13 @@ def mcore_fields(model: ModelConfig, performance: PerformanceConfig) -> dict[str
         model: the network.
         performance: of `resolved`.
     """
-    fields: dict[str, Any] = dict(
-        apply_rope_fusion=performance.rope_fusion is True,
-        cross_entropy_loss_fusion=performance.cross_entropy_fusion is True,
-        gradient_accumulation_fusion=performance.gradient_accumulation_fusion is True,
-    )
+    fields: dict[str, Any] = {
+        field: getattr(performance, name) is True
+        for name, field in _TOGGLES.items()
+        if model.num_experts or not field.startswith("moe_")
+    }
     if model.num_experts:
-        fields |= dict(
-            moe_token_dispatcher_type="alltoall" if model.dispatcher == "auto" else model.dispatcher,
-            moe_permute_fusion=performance.permute_fusion is True,
-            moe_router_fusion=performance.router_fusion is True,
-            moe_shared_expert_overlap=performance.shared_expert_overlap is True,
-        )
+        fields[_DISPATCHER] = "alltoall" if model.dispatcher == "auto" else model.dispatcher
         if model.dispatcher == "flex" and performance.flex_backend != "auto":
-            fields["moe_flex_dispatcher_backend"] = performance.flex_backend
+            fields[_BACKEND] = performance.flex_backend
     return fields

@@ -20,6 +20,12 @@ NORMS = ("RMSNorm", "LayerNorm")
 SCORES = ("softmax", "sigmoid")
 ROPE_SCALINGS = ("none", "llama3", "yarn")
 HF_PREFIX = "hf:"
+# Keys that say how a network is begun, trained or computed, not what it is: a checkpoint and the run that continues it may
+# differ in them, and a published model has none.
+HOW_IT_RUNS = frozenset(
+    ("init_from", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "capacity_factor", "experts",
+     "dispatcher", "recompute", "recompute_modules", "recompute_method", "recompute_layers", "fp8", "fp8_recipe", "mcore")
+)  # fmt: skip
 
 
 def one_of(key: str, value: object, choices: tuple[str, ...]) -> None:

@@ -127,18 +127,22 @@ class StageState:
         for memory in self._free_after.pop(wave, ()):
             memory.free()
 
-    def _storages(self) -> dict[int, list[_Memory]]:
-        """The memories by the storage that they lie in: weights and moments share flat buffers."""
-        found: dict[int, dict[int, _Memory]] = {}
-        for pieces in self._pieces.values():
+    def _storages(self) -> list[dict[_Memory, Wave]]:
+        """By storage, the memories that lie in it with the last wave of each: weights and moments share flat buffers."""
+        found: dict[int, dict[_Memory, Wave]] = {}
+        for key, pieces in self._pieces.items():
             for _, memory in pieces:
-                found.setdefault(memory.tensor.untyped_storage().data_ptr(), {})[id(memory)] = memory
-        return {storage: list(memories.values()) for storage, memories in found.items()}
+                memories = found.setdefault(memory.tensor.untyped_storage().data_ptr(), {})
+                memories[memory] = max(wave_of(key), memories.get(memory, wave_of(key)))
+        return list(found.values())
 
     def host_bytes(self) -> int:
         """Host memory that `move_to_host` takes: all of it, or the largest part where the device is the host."""
-        sizes = [memories[0].tensor.untyped_storage() for memories in self._storages().values()]
-        return (max if all(s.device.type == "cpu" for s in sizes) else sum)([0, *(s.nbytes() for s in sizes)])
+        storages = [next(iter(memories)).tensor.untyped_storage() for memories in self._storages()]
+        sizes = [storage.nbytes() for storage in storages]
+        if any(storage.device.type != "cpu" for storage in storages):
+            return sum(sizes)
+        return max(sizes, default=0)
 
     def move_to_host(self) -> None:
         """Copy every tensor to host memory, one storage after the other, and free its memory on the device.
@@ -148,8 +152,8 @@ class StageState:
         Raises:
             MemoryError: the host has no more.
         """
-        for memories in self._storages().values():
-            storage = memories[0].tensor.untyped_storage()
+        for memories in self._storages():
+            storage = next(iter(memories)).tensor.untyped_storage()
             host = HostCopy(storage)
             for memory in memories:
                 memory.move_to(host)
@@ -157,13 +161,8 @@ class StageState:
 
     def free_as_it_goes(self) -> None:
         """Let `end` free the memory of this stage; whoever holds references to its tensors must not use them any more."""
-        last: dict[int, tuple[Wave, _Memory]] = {}
-        for key, pieces in self._pieces.items():
-            for _, memory in pieces:
-                storage, wave = memory.tensor.untyped_storage().data_ptr(), wave_of(key)
-                if storage not in last or last[storage][0] < wave:
-                    last[storage] = (wave, memory)
-        for wave, memory in last.values():
+        for memories in self._storages():
+            memory, wave = max(memories.items(), key=lambda entry: entry[1])
             self._free_after.setdefault(wave, []).append(memory)
 
 

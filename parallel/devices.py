@@ -112,8 +112,11 @@ def out_of_memory(error: BaseException, rank: int, place: str, folder: Path) -> 
         except (OSError, RuntimeError) as e:
             snapshot = f"; no snapshot could be written ({e})"
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return LaunchError(
+    found = LaunchError(
         f"rank {rank} ran out of memory in {place} ({said}): lower data.micro_batch_size or data.sequence_length, use "
         "model.recompute=full, or share out more (parallel.expert, parallel.tensor); `python -m launch plan` says what "
         f"takes how much{snapshot}"
     )
+    # This rank knows, whatever the others make of its silence.
+    found.speaks = True
+    return found

@@ -45,10 +45,7 @@ def run_settings(settings: RunSettings) -> str:
             try:
                 run = Run.open(settings, layout, corpora, stop)
             except torch.OutOfMemoryError as e:
-                full = out_of_memory(e, layout.rank, "building or loading the model", Path(settings.run.dir))
-                # This rank knows, whatever the others make of its silence.
-                full.speaks = True
-                raise full from e
+                raise out_of_memory(e, layout.rank, "building or loading the model", Path(settings.run.dir)) from e
             except CoppiceError as e:
                 # Another job's run is not ours to speak of.
                 if layout.rank == 0 and not isinstance(e, LaunchError):
@@ -60,8 +57,6 @@ def run_settings(settings: RunSettings) -> str:
             except BaseException as e:
                 if isinstance(e, torch.OutOfMemoryError):
                     full = out_of_memory(e, run.layout.rank, run.watchdog.doing or "the run", run.files.run_dir)
-                    # This rank knows, whatever the others make of its silence.
-                    full.speaks = True
                     run.watchdog.end(full)
                     tell_failure(run, full, here=True)
                     raise full from e

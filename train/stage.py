@@ -126,9 +126,7 @@ def build_stage(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    settings, choices = accelerated(
-        settings, layout.config, layout.machine(), layout.world_size, families=families_of(plans) is not None
-    )
+    settings, choices = _on_this_machine(settings, layout, plans)
     num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
     bf16 = settings.run.precision == "bf16"
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=not blank)
@@ -201,11 +199,17 @@ def build_network(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    settings, _ = accelerated(
-        settings, layout.config, layout.machine(), layout.world_size, families=families_of(plans) is not None
-    )
+    settings, _ = _on_this_machine(settings, layout, plans)
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=True)
     return Network(chunks=chunks, wrapped=[_in_precision(settings, chunk) for chunk in chunks])
+
+
+def _on_this_machine(
+    settings: RunSettings, layout: Layout, plans: Sequence[Mapping[str, Any]]
+) -> tuple[RunSettings, tuple[Choice, ...]]:
+    """The settings of a stage with every `auto` decided where it runs, and the decisions."""
+    families = families_of(plans) is not None
+    return accelerated(settings, layout.config, layout.machine(), layout.world_size, families=families)
 
 
 def _build_chunks(

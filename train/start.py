@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import ModelConfig, padded_vocab_size
+from model.config import HOW_IT_RUNS, ModelConfig, padded_vocab_size
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 from parallel.optimizer_ages import NEVER, OptimizerAges
@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 # Keys of the model group that may differ between a checkpoint and the run that continues it: they change how the
 # network is computed or trained, not which tensors it has or what they mean. The number of experts has rules of its own
 # (`upcycle/course.py`).
-_FREE = frozenset(
-    ("num_experts", "init_from", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate",
-     "capacity_factor", "experts", "dispatcher", "recompute", "recompute_modules",
-     "recompute_method", "recompute_layers", "fp8", "fp8_recipe", "mcore")
-)  # fmt: skip
+_FREE = HOW_IT_RUNS | {"num_experts"}
 
 
 def model_identity(settings: RunSettings, vocab_size: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
-from model.config import ModelConfig
+from model.config import HOW_IT_RUNS, ModelConfig
 from parallel.errors import ConfigError
 
 # Keys that do not change what the network computes.
@@ -23,11 +23,7 @@ _IGNORED = frozenset(
 )  # fmt: skip
 _ABSENT = object()
 # Our keys that say how a network is trained or computed, not what it is.
-_NOT_ARCHITECTURE = frozenset(
-    ("init_from", "vocab_multiple", "init_std", "dropout", "balancing", "aux_loss_coeff", "z_loss_coeff",
-     "bias_update_rate", "capacity_factor", "experts", "dispatcher", "recompute", "recompute_modules",
-     "recompute_method", "recompute_layers", "fp8", "fp8_recipe", "mcore")
-)  # fmt: skip
+_NOT_ARCHITECTURE = HOW_IT_RUNS | {"vocab_multiple", "balancing"}
 
 # Forms of keys that set none of ours alone; null is allowed.
 _FORMS: dict[str, tuple[type, ...]] = {
