@@ -16,9 +16,11 @@ from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from parallel.machine import Machine
 
-# Sizes of a group that DeepEP has settings for, beyond those inside a node.
+# Sizes of a group that every DeepEP has settings for, beyond those inside a node; and those that only newer ones have, which
+# are not chosen, but left to the installed one where a user asks for them.
 _DEEPEP_ACROSS_NODES = (16, 24, 32, 64, 128, 144, 160)
 _DEEPEP_IN_NODE = (2, 4, 8)
+_DEEPEP_NEWER = (48, 96)
 _BLACKWELL, _HOPPER = (10, 0), (9, 0)
 
 
@@ -202,7 +204,7 @@ def _backend(at: Situation) -> Choice:
         chosen = Choice(key, "deepep", "installed", automatic=True)
     else:
         chosen = Choice(key, "hybridep", "the one that is installed", automatic=True)
-    if chosen.value == "deepep" and at.spread not in (*_DEEPEP_IN_NODE, *_DEEPEP_ACROSS_NODES):
+    if chosen.value == "deepep" and at.spread not in (*_DEEPEP_IN_NODE, *_DEEPEP_ACROSS_NODES, *_DEEPEP_NEWER):
         raise ConfigError(
             f"model.dispatcher=flex: DeepEP has no settings for {at.spread} ranks (parallel.expert x "
             "parallel.expert_tensor): use model.dispatcher=alltoall, or another parallel.expert"

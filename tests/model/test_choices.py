@@ -60,7 +60,7 @@ def test_hopper_with_transformer_engine() -> None:
         (_h100("deepep"), 8, "alltoall", None),  # within the node
         (_h100("deepep"), 16, "flex", "deepep"),
         (_h100("deepep", 4), 16, "alltoall", None),  # DeepEP counts on eight per node
-        (_h100("deepep"), 48, "alltoall", None),  # no settings for so many
+        (_h100("deepep"), 48, "alltoall", None),  # older ones have no settings for so many
         (_h100("deepep,hybridep"), 16, "flex", "deepep"),
         (named_machine("GB200", "deepep,hybridep", 4), 32, "flex", "hybridep"),
         (named_machine("A100", "deepep", 8), 16, "alltoall", None),  # not worth it
@@ -126,6 +126,11 @@ def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any]
 def test_what_was_asked_for_and_cannot_be_is_refused(machine: Machine, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(_at(machine, **changes))
+
+
+def test_sizes_of_newer_deepep_are_left_to_who_asks_for_them() -> None:
+    at = _at(_h100("deepep"), model=ModelConfig(dispatcher="flex"), expert=48, world=48)
+    assert _values(at)["flex_backend"] == "deepep"
 
 
 def test_every_choice_says_why_and_mcore_is_told() -> None:
