@@ -98,9 +98,6 @@ _TOGGLES = {
     "shared_expert_overlap": "moe_shared_expert_overlap",
 }
 _DISPATCHER, _BACKEND = "moe_token_dispatcher_type", "moe_flex_dispatcher_backend"
-# Set past their keys, what a run says of itself would be wrong.
-_FIELDS = {field: f"performance.{name}" for name, field in _TOGGLES.items()}
-_FIELDS |= {_DISPATCHER: "model.dispatcher", _BACKEND: "performance.flex_backend"}
 
 # What stands in the way (None: nothing), whether it is worth it, and why.
 _Verdict = tuple[str | None, bool, str]
@@ -115,9 +112,6 @@ def choose(at: Situation) -> tuple[Choice, ...]:
     Raises:
         ConfigError: naming a key that was set to what cannot be, what stands in the way, and the remedy.
     """
-    for field, key in _FIELDS.items():
-        if field in at.model.mcore:
-            raise ConfigError(f"model.mcore.{field}={at.model.mcore[field]} has a key of its own: use {key}")
     dispatcher = _dispatcher(at)
     choices = [dispatcher]
     if dispatcher.value == "flex":

@@ -8,6 +8,7 @@ from typing import Any
 
 from model.fp8 import FP8_FORMATS, FP8_RECIPES
 from model.graphs import refuse_graphs
+from model.mcore_fields import refuse_keyed
 from model.recompute import METHODS, RECOMPUTE, check_recompute
 from parallel.errors import ConfigError
 
@@ -162,7 +163,7 @@ class ModelConfig:
     fp8: str = "none"
     # How 8-bit numbers are scaled: delayed, tensorwise, blockwise (Hopper) or mxfp8 (Blackwell).
     fp8_recipe: str = "delayed"
-    # Further fields of mcore's TransformerConfig by their own names, for what has no key here.
+    # Further fields of mcore's TransformerConfig by their own names, for what has no key here; others are refused.
     mcore: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,6 +209,7 @@ class ModelConfig:
         if self.num_experts:
             self._check_routing()
         check_recompute(self)
+        refuse_keyed(self.mcore)
         refuse_graphs(self.mcore)
 
     def _check_published(self) -> None:

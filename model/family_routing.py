@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from model.build import moe_parts
 from model.families import Families
 from model.family_router import FamilyRouter
+from model.mcore_fields import WITHOUT_FAMILIES
 from parallel.errors import ConfigError, ExpansionError
 
 
@@ -53,7 +54,7 @@ def install_family_routing(chunks: list[GPTModel], parents: Mapping[int, Sequenc
 
 
 def _check_model(router: TopKRouter) -> None:
-    if router.routing_type in ("sinkhorn", "quantile_balancing"):
+    if router.routing_type in WITHOUT_FAMILIES:
         raise ConfigError(
             f"moe_router_load_balancing_type={router.routing_type} has no families: use mode=plain, or another balancing"
         )

@@ -31,12 +31,6 @@ def check_recompute(model: Any) -> None:
     Raises:
         ConfigError: naming the key, the value and the remedy.
     """
-    for name in model.mcore:
-        if name.startswith("recompute_"):
-            raise ConfigError(
-                f"model.mcore.{name} has keys of its own: use model.recompute, model.recompute_modules, "
-                "model.recompute_method and model.recompute_layers"
-            )
     if model.recompute_modules and model.recompute != "selective":
         raise ConfigError(
             f"model.recompute_modules={_listed(model.recompute_modules)} goes with model.recompute=selective, not "

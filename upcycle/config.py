@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from model.config import ModelConfig, divides, one_of, positive
+from model.mcore_fields import WITHOUT_FAMILIES
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from upcycle.stage_config import StageConfig
@@ -233,9 +234,11 @@ class UpcycleConfig:
                 f"use {key}.max_extra_copies={need} or more"
             )
         if stage.mode == "exact":
-            if model.balancing == "sinkhorn":
+            kind = model.mcore.get("moe_router_load_balancing_type")
+            if kind in WITHOUT_FAMILIES:
                 raise ConfigError(
-                    f"{key}.mode=exact has no families under model.balancing=sinkhorn: use {key}.mode=plain"
+                    f"{key}.mode=exact has no families under model.mcore.moe_router_load_balancing_type={kind}: leave the "
+                    "field out"
                 )
             return
         if model.balancing != "loss_free":

@@ -117,8 +117,6 @@ def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any]
                            "performance": PerformanceConfig(shared_expert_overlap=True)}, "needs alltoall"),
         (_h100("deepep"), {"performance": PerformanceConfig(flex_backend="deepep")},
          r"flex_backend=deepep is of the flex dispatcher, and this is alltoall"),
-        (_CPU, {"model": ModelConfig(mcore={"moe_permute_fusion": True})},
-         r"model\.mcore\.moe_permute_fusion=True has a key of its own: use performance\.permute_fusion"),
         (_h100(), {"performance": PerformanceConfig(shared_expert_overlap=True), "model": ModelConfig()},
          "no shared experts"),
     ],

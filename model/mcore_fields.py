@@ -1,0 +1,106 @@
+"""What `model.mcore` cannot be used for: fields of mcore that have a key of their own.
+
+Set past its key, a field would win without a word, and what a run checks, prints and writes of itself would be wrong.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from parallel.errors import ConfigError
+
+_RECOMPUTE = "model.recompute, model.recompute_modules, model.recompute_method and model.recompute_layers"
+_DENSE = "model.dense_first, model.dense_last and model.moe_period"
+# Not here, because mcore has values of them that no key gives: the two dropouts by themselves, and the balancing of experts.
+KEYS = {
+    # The network.
+    "num_layers": "model.layers",
+    "hidden_size": "model.hidden_size",
+    "ffn_hidden_size": "model.ffn_hidden_size",
+    "num_attention_heads": "model.attention_heads",
+    "num_query_groups": "model.kv_heads",
+    "kv_channels": "model.head_dim",
+    "multi_latent_attention": "model.attention",
+    "q_lora_rank": "model.mla_query_rank",
+    "kv_lora_rank": "model.mla_kv_rank",
+    "qk_head_dim": "model.mla_head_dim",
+    "qk_pos_emb_head_dim": "model.mla_rope_head_dim",
+    "v_head_dim": "model.mla_value_head_dim",
+    "rope_type": "model.rope_scaling",
+    "rotary_base": "model.rope_base",
+    "rotary_percent": "model.rope_percent",
+    "rotary_scaling_factor": "model.rope_scaling_factor",
+    "original_max_position_embeddings": "model.rope_original_length",
+    "mscale": "model.rope_mscale",
+    "mscale_all_dim": "model.rope_mscale_all_dim",
+    "qk_layernorm": "model.qk_norm",
+    "normalization": "model.normalization",
+    "layernorm_epsilon": "model.norm_epsilon",
+    "activation_func": "model.activation",
+    "gated_linear_unit": "model.activation",
+    "add_bias_linear": "model.linear_bias",
+    "add_qkv_bias": "model.qkv_bias",
+    "init_method_std": "model.init_std",
+    # Its experts and their router.
+    "num_moe_experts": "model.num_experts",
+    "moe_router_topk": "model.top_k",
+    "moe_ffn_hidden_size": "model.expert_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size": "model.shared_expert_ffn_hidden_size",
+    "moe_shared_expert_gate": "model.shared_expert_gate",
+    "moe_layer_freq": _DENSE,
+    "moe_router_score_function": "model.router_score",
+    "moe_router_pre_softmax": "model.router_pre_softmax",
+    "moe_router_num_groups": "model.router_groups",
+    "moe_router_group_topk": "model.router_group_topk",
+    "moe_router_topk_scaling_factor": "model.router_scale",
+    "moe_router_enable_expert_bias": "model.balancing=loss_free",
+    "moe_router_bias_update_rate": "model.bias_update_rate",
+    "moe_aux_loss_coeff": "model.aux_loss_coeff",
+    "moe_z_loss_coeff": "model.z_loss_coeff",
+    "moe_expert_capacity_factor": "model.capacity_factor",
+    # How it is computed.
+    "moe_grouped_gemm": "model.experts",
+    "moe_token_dispatcher_type": "model.dispatcher",
+    "moe_enable_deepep": "model.dispatcher=flex",
+    "moe_flex_dispatcher_backend": "performance.flex_backend",
+    "moe_permute_fusion": "performance.permute_fusion",
+    "moe_router_fusion": "performance.router_fusion",
+    "apply_rope_fusion": "performance.rope_fusion",
+    "cross_entropy_loss_fusion": "performance.cross_entropy_fusion",
+    "gradient_accumulation_fusion": "performance.gradient_accumulation_fusion",
+    "moe_shared_expert_overlap": "performance.shared_expert_overlap",
+    "recompute_granularity": _RECOMPUTE,
+    "recompute_modules": _RECOMPUTE,
+    "recompute_method": _RECOMPUTE,
+    "recompute_num_layers": _RECOMPUTE,
+    "moe_layer_recompute": _RECOMPUTE,
+    "fp8": "model.fp8",
+    "fp8_recipe": "model.fp8_recipe",
+    "bf16": "run.precision",
+    "fp16": "run.precision",
+    "params_dtype": "run.precision",
+    "pipeline_dtype": "run.precision",
+    # The layout.
+    "tensor_model_parallel_size": "parallel.tensor",
+    "sequence_parallel": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+    "context_parallel_size": "parallel.context",
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert_tensor",
+}
+# Values of `moe_router_load_balancing_type` that family routing has no answer to.
+WITHOUT_FAMILIES = ("sinkhorn", "quantile_balancing")
+
+
+def refuse_keyed(fields: Mapping[str, Any]) -> None:
+    """Refuse fields that have a key of their own.
+
+    Args:
+        fields: `model.mcore`, passed to mcore's TransformerConfig.
+
+    Raises:
+        ConfigError: naming the field, its value and the key.
+    """
+    for name, value in fields.items():
+        if name in KEYS:
+            raise ConfigError(f"model.mcore.{name}={value} has a key of its own: use {KEYS[name]}")
