@@ -65,7 +65,7 @@ test-latest: $(VENV312)/.ready  ## the fast suite on Python 3.12 and the newest 
 	$(VENV312)/bin/python -m pytest -m "not slow and not slurm" --durations=15
 
 test-te:  ## Transformer Engine's modules, built and never run, so without a GPU too (GPU_PYTHON: one that has it)
-	$(GPU_PYTHON) -m pytest -m requires_te tests/model/test_te_modules.py
+	$(GPU_PYTHON) -m pytest -m requires_te tests/model/
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .

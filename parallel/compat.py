@@ -108,11 +108,14 @@ def prepare_megatron() -> None:
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # 0.16.1 reads this name in every router call but binds it only if Transformer Engine imports (GPU too).
+    no_gpu = not torch.cuda.is_available()
+    if no_gpu or not hasattr(moe_utils, "te_general_gemm"):
+        # 0.16.1 reads this name in every router call but binds it only if Transformer Engine imports (GPU too). Where it
+        # does and there is no GPU, both versions would call a product that needs one.
         moe_utils.te_general_gemm = None
-    if not hasattr(random, "FP8GlobalStateManager"):
-        # Bound only if Transformer Engine imports, and read whenever a norm is computed again (GPU too).
+    if no_gpu or not hasattr(random, "FP8GlobalStateManager"):
+        # Bound only if Transformer Engine imports, and read whenever a norm is computed again (GPU too). Its own look for a
+        # GPU.
         random.FP8GlobalStateManager = _NoFP8
         random.activation_recompute_forward = random.fp8_autocast = _no_context
     if not isinstance(multi_latent_attention.TELinear, type):

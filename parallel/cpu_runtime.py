@@ -158,6 +158,17 @@ def _recomputes_here(original: Any) -> Any:
     return CheckpointFunction
 
 
+def _always(value: Any) -> Callable[[Any], Any]:
+    """A replacement that does not depend on the original."""
+    return lambda original: value
+
+
+def _without_kernels(name: str) -> Callable[[Any], Any]:
+    """What mcore itself takes in place of a kernel where neither Transformer Engine nor Apex is installed."""
+    return lambda original: getattr(importlib.import_module("megatron.core.utils"), name)
+
+
+_OPTIMIZER = "megatron.core.optimizer"
 # (module, name) -> function from the original to its replacement. Checked at installation.
 _MEGATRON: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"): lambda original: _get_rng_state,
@@ -165,7 +176,22 @@ _MEGATRON: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("megatron.core.tensor_parallel.random", "CheckpointFunction"): _recomputes_here,
     ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"): lambda original: _splits_to_host,
     ("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim"): _uneven_gather,
+    # Where Transformer Engine or Apex can be imported mcore takes their Adam, and their kernels beside it, which need CUDA.
+    (_OPTIMIZER, "Adam"): _always(torch.optim.AdamW),
+    (_OPTIMIZER, "USING_PYTORCH_OPTIMIZER"): _always(True),
+    (f"{_OPTIMIZER}.distrib_optimizer", "Adam"): _always(torch.optim.Adam),
+    (f"{_OPTIMIZER}.distrib_optimizer", "HAVE_APEX_OR_TE"): _always(False),
+    (f"{_OPTIMIZER}.distrib_optimizer", "USING_TE_OPTIMIZER"): _always(False),
+    (f"{_OPTIMIZER}.distrib_optimizer", "USING_APEX_OPTIMIZER"): _always(False),
+    (f"{_OPTIMIZER}.optimizer", "multi_tensor_applier"): _without_kernels("local_multi_tensor_applier"),
+    (f"{_OPTIMIZER}.optimizer", "multi_tensor_scale_impl"): _without_kernels("local_multi_tensor_scale"),
+    (f"{_OPTIMIZER}.clip_grads", "multi_tensor_applier"): _without_kernels("local_multi_tensor_applier"),
+    (f"{_OPTIMIZER}.clip_grads", "l2_norm_impl"): _without_kernels("local_multi_tensor_l2_norm"),
+    (f"{_OPTIMIZER}.clip_grads", "multi_tensor_scale_impl"): _without_kernels("local_multi_tensor_scale"),
+    (f"{_OPTIMIZER}.clip_grads", "multi_tensor_scale_tensor_impl"): _always(None),
 }
+# Not in every tested version.
+_MAY_BE_ABSENT = {(f"{_OPTIMIZER}.clip_grads", "multi_tensor_scale_tensor_impl")}
 
 _installed: _CudaMeansCpu | None = None
 
@@ -184,16 +210,17 @@ def _drop_rng_warning(record: logging.LogRecord) -> bool:
 
 def _replace_megatron_names() -> None:
     found = []
-    for (module_name, name), _ in _MEGATRON.items():
+    for (module_name, name), replacement in _MEGATRON.items():
         module = importlib.import_module(module_name)
-        if not callable(getattr(module, name, None)):
+        if hasattr(module, name):
+            found.append((module, name, replacement))
+        elif (module_name, name) not in _MAY_BE_ABSENT:
             version = importlib.metadata.version("megatron-core")
             raise LaunchError(
                 f"megatron-core {version} has no {module_name}.{name}, which the CPU runtime replaces: "
                 "install a tested version (0.16.1 or 0.19.2)"
             )
-        found.append(module)
-    for module, ((_, name), replacement) in zip(found, _MEGATRON.items(), strict=True):
+    for module, name, replacement in found:
         setattr(module, name, replacement(getattr(module, name)))
 
 

@@ -6,7 +6,6 @@ tests run on a machine that has some.
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,31 +15,12 @@ import torch
 
 from parallel.transformer_engine import have_transformer_engine
 from tests.distributed import run_distributed
+from tests.model import te
 
 pytestmark = [
     pytest.mark.requires_te,
     pytest.mark.skipif(not have_transformer_engine(), reason="needs Transformer Engine"),
 ]
-
-KINDS = ("te", "grouped", "sequential")
-_SIZES: dict[str, Any] = dict(
-    layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    attention_heads=4,
-    num_experts=4,
-    expert_ffn_hidden_size=48,
-    moe_period=2,
-)
-_LATENT: dict[str, Any] = dict(
-    attention="mla", mla_query_rank=16, mla_kv_rank=16, mla_head_dim=16, mla_rope_head_dim=8, mla_value_head_dim=16
-)
-NETWORKS: dict[str, dict[str, Any]] = {
-    "gqa": dict(kv_heads=2, qk_norm=True, shared_expert_ffn_hidden_size=16, shared_expert_gate=True),
-    "all heads": dict(qk_norm=True, qk_norm_all_heads=True, tie_embeddings=True),
-    "biases": dict(linear_bias=True, qkv_bias=True, normalization="LayerNorm", activation="gelu"),
-    "mla": dict(**_LATENT, qk_norm=True),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -48,115 +28,45 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def _layout(**sizes: int) -> Any:
-    from parallel.config import ParallelConfig
-    from parallel.layout import Layout
-
-    return Layout.create(ParallelConfig(**sizes), seed=3)
-
-
-def _built(kind: str, network: dict[str, Any], layout: Any, experts: int = 4) -> list[Any]:
-    from model import build
-    from model.config import ModelConfig
-    from parallel.compat import forget_models
-
-    forget_models()
-    model = ModelConfig(**(_SIZES | network))
-    with (
-        mock.patch.object(build, "experts_kind", return_value=kind),
-        # All that Transformer Engine's constructors ask of the device.
-        mock.patch.object(torch.cuda, "is_available", return_value=kind == "te"),
-    ):
-        chunks = build.build_chunks(model, experts, layout, vocab_size=64, sequence_length=32, precision="bf16")
-    name = {"te": "TEGroupedMLP", "grouped": "GroupedExperts", "sequential": "SequentialMLP"}[kind]
-    assert type(chunks[0].decoder.layers[1].mlp.experts).__name__ == name
-    return chunks
-
-
-def _optimizer(chunks: list[Any]) -> Any:
-    """mcore's own choice of Adam over its DDP, with moments that a switch has to carry."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer.module import Float16Module
-
-    config = chunks[0].config
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    wrapped = [DistributedDataParallel(config=config, ddp_config=ddp, module=Float16Module(config, c)) for c in chunks]
-    options = OptimizerConfig(
-        optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
-    )
-    optimizer = get_megatron_optimizer(options, wrapped)
-    inner = type(optimizer.chained_optimizers[0].optimizer)
-    assert inner.__module__.startswith("transformer_engine"), inner
-    return optimizer
-
-
-def _fill(chunks: list[Any], optimizer: Any, layout: Any) -> None:
-    """Every tensor of the state a function of its key, so that layouts and kinds agree without anything being moved."""
-    from model.holdings import describe_stage
-
-    with torch.no_grad():
-        state = describe_stage(chunks, optimizer, layout, moments=True)
-        for key, holding in state.holdings().items():
-            for box in holding.boxes:
-                view = state.view(key, box)
-                index = torch.zeros(box.shape, dtype=torch.float64)
-                for axis, (offset, size) in enumerate(zip(box.offset, box.shape, strict=True)):
-                    shape = [1] * len(box.shape)
-                    shape[axis] = size
-                    index = index * 131 + torch.arange(offset, offset + size, dtype=torch.float64).view(shape)
-                view.copy_((torch.sin(index + zlib.crc32(key.encode()) % 977)).to(view.dtype))
-
-
-def _state(chunks: list[Any], optimizer: Any, layout: Any) -> dict[str, list[int]]:
-    from model.fingerprint import take_fingerprints
-
-    return take_fingerprints(chunks, optimizer, layout)
-
-
+@te.its_adam()
 def _interchange(folder: str, network: dict[str, Any], sizes: dict[str, int]) -> None:
     from model.sharded_state import load_tensors, load_weights, save_tensors
 
-    layout = _layout(**sizes)
+    layout = te.layout(**sizes)
     found = {}
-    for kind in KINDS:
-        chunks = _built(kind, network, layout)
-        optimizer = _optimizer(chunks)
-        _fill(chunks, optimizer, layout)
-        found[kind] = _state(chunks, optimizer, layout)
+    for kind in te.KINDS:
+        chunks = te.built(kind, network, layout)
+        optimizer = te.optimizer(chunks)
+        assert te.is_its_adam(optimizer)
+        te.fill(chunks, optimizer, layout)
+        found[kind] = te.state(chunks, optimizer, layout)
         save_tensors(Path(folder) / kind, chunks, optimizer, layout)
     assert found["te"] == found["grouped"] == found["sequential"]
     assert any(name.startswith("exp_avg_sq/") for name in found["te"])
-    for kind in KINDS:
-        for written in KINDS:
-            chunks = _built(kind, network, layout)
-            optimizer = _optimizer(chunks)
-            with _adam_on_cpu():
+    for kind in te.KINDS:
+        for written in te.KINDS:
+            chunks = te.built(kind, network, layout)
+            optimizer = te.optimizer(chunks)
+            with te.steps_on_cpu():
                 load_tensors(Path(folder) / written, chunks, optimizer, layout, step=7)
-            assert _state(chunks, optimizer, layout) == found["te"], (written, kind)
-            bare = _built(kind, network, layout)
+            assert te.state(chunks, optimizer, layout) == found["te"], (written, kind)
+            bare = te.built(kind, network, layout)
             load_weights(Path(folder) / written, bare, layout)
             weights = {name: sums for name, sums in found["te"].items() if name.startswith("weight/")}
-            assert _state(bare, None, layout) == weights, (written, kind)
+            assert te.state(bare, None, layout) == weights, (written, kind)
 
 
-def _adam_on_cpu() -> Any:
-    """mcore makes state by a step on zero gradients; the kernel of that step needs CUDA, and what it does is overwritten."""
-    from transformer_engine.pytorch.optimizers import fused_adam
-
-    return mock.patch.object(fused_adam, "multi_tensor_applier", lambda *arguments: None)
-
-
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", te.NETWORKS)
 def test_checkpoints_interchange_among_expert_modules(network: str, tmp_path: Path) -> None:
-    run_distributed(_interchange, 1, str(tmp_path), NETWORKS[network], {})
+    run_distributed(_interchange, 1, str(tmp_path), te.NETWORKS[network], {})
 
 
 @pytest.mark.parametrize("sizes", [dict(expert=2), dict(tensor=2, expert=2), dict(tensor=2, expert_tensor=2)], ids=str)
 def test_checkpoints_interchange_in_layouts(sizes: dict[str, int], tmp_path: Path) -> None:
-    run_distributed(_interchange, 2, str(tmp_path), NETWORKS["gqa"], sizes)
+    run_distributed(_interchange, 2, str(tmp_path), te.NETWORKS["gqa"], sizes)
 
 
+@te.its_adam()
 def _switch(sizes: dict[str, int]) -> None:
     from model.config import ModelConfig
     from model.holdings import describe_stage
@@ -166,25 +76,25 @@ def _switch(sizes: dict[str, int]) -> None:
     from upcycle.plan import plan_expansion
     from upcycle.stage_config import StageConfig
 
-    layout, found = _layout(**sizes), {}
+    layout, found = te.layout(**sizes), {}
     plan = plan_expansion(
-        StageConfig(at_step=5, factor=2), ModelConfig(**_SIZES), stage=1, experts_before=4, scores=None, seed=0,
+        StageConfig(at_step=5, factor=2), ModelConfig(**te.SIZES), stage=1, experts_before=4, scores=None, seed=0,
         ep_ranks=sizes["expert"],
     )  # fmt: skip
     for kind in ("te", "grouped"):
-        small = _built(kind, NETWORKS["gqa"], layout)
-        optimizer = _optimizer(small)
-        _fill(small, optimizer, layout)
-        before, experts = _state(small, optimizer, layout), expert_keys(small, layout)
-        large = _built(kind, NETWORKS["gqa"], layout, experts=8)
-        grown = _optimizer(large)
+        small = te.built(kind, te.NETWORKS["gqa"], layout)
+        optimizer = te.optimizer(small)
+        te.fill(small, optimizer, layout)
+        before, experts = te.state(small, optimizer, layout), expert_keys(small, layout)
+        large = te.built(kind, te.NETWORKS["gqa"], layout, experts=8)
+        grown = te.optimizer(large)
         old = describe_stage(small, optimizer, layout, moments=True)
         new = describe_stage(large, grown, layout, moments=True)
         old.free_as_it_goes()
         move_state(old, new, plan, experts, layout, chunk_bytes=1 << 20)
         set_step(grown, 5)
         assert get_step(grown) == 5
-        found[kind] = _state(large, grown, layout)
+        found[kind] = te.state(large, grown, layout)
         parents = plan.layers[0].parents
         for key in experts:
             for state in ("weight", "param", "exp_avg", "exp_avg_sq"):
@@ -202,7 +112,7 @@ def test_the_live_switch_of_its_modules_equals_that_of_ours(processes: int) -> N
 def _norm_groups() -> list[str]:
     from model.norms import group_of
 
-    (chunk,) = _built("te", NETWORKS["gqa"], _layout())
+    (chunk,) = te.built("te", te.NETWORKS["gqa"], te.layout())
     return [name for name, p in chunk.named_parameters() if p.dim() == 1 and group_of(name) not in ("norms", "router")]
 
 
@@ -218,8 +128,8 @@ def _extra_state_left_out() -> None:
 
     from model.sharded_state import model_state, sharded_leaves
 
-    layout = _layout()
-    chunks = _built("te", NETWORKS["gqa"], layout)
+    layout = te.layout()
+    chunks = te.built("te", te.NETWORKS["gqa"], layout)
     modules = [
         m for m in chunks[0].modules() if isinstance(m, base.TransformerEngineBaseModule) and hasattr(m, "weight_names")
     ]
@@ -234,7 +144,7 @@ def _extra_state_left_out() -> None:
         assert module.get_extra_state().numel() > 0
     leaves = [leaf for part in model_state(chunks, layout).values() for _, leaf in sharded_leaves(part)]
     assert leaves and not any(isinstance(leaf, ShardedObject) or "_extra_state" in leaf.key for leaf in leaves)
-    larger = _built("te", NETWORKS["gqa"], layout, experts=8)
+    larger = te.built("te", te.NETWORKS["gqa"], layout, experts=8)
     for module in larger[0].modules():
         if isinstance(module, base.TransformerEngineBaseModule):
             assert "scaling_fwd" not in module.fp8_meta and not module._fp8_workspaces
@@ -255,7 +165,7 @@ def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
 
     overlap = network.get("shared_expert_ffn_hidden_size") is not None
     at = Situation(
-        model=ModelConfig(**(_SIZES | network)),
+        model=ModelConfig(**(te.SIZES | network)),
         performance=PerformanceConfig(shared_expert_overlap=overlap),
         overlap_grad_reduce="auto",
         overlap_param_gather="auto",
@@ -268,7 +178,7 @@ def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
         machine=named_machine("h100", "transformer-engine", 1),
     )
     model, performance = resolved(at, choose(at))
-    layout = _layout()
+    layout = te.layout()
     with (
         mock.patch.object(build, "experts_kind", return_value="te"),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
@@ -282,7 +192,7 @@ def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["gqa", "mla"])
 def test_mcore_takes_what_is_decided_for_a_gpu(name: str) -> None:
-    [found] = run_distributed(_with_choices, 1, NETWORKS[name])
+    [found] = run_distributed(_with_choices, 1, te.NETWORKS[name])
     assert found == {
         "moe_permute_fusion": True,
         "moe_router_fusion": True,
