@@ -21,6 +21,8 @@ NORMS = ("RMSNorm", "LayerNorm")
 SCORES = ("softmax", "sigmoid")
 ROPE_SCALINGS = ("none", "llama3", "yarn")
 HF_PREFIX = "hf:"
+# More than any network has; a list of as many as a slip of the finger asks for would fill the memory.
+_MAX_LAYERS = 10_000
 # Keys that say how a network is begun, trained or computed, not what it is: a checkpoint and the run that continues it may
 # differ in them, and a published model has none.
 HOW_IT_RUNS = frozenset(
@@ -174,6 +176,8 @@ class ModelConfig:
         """
         for key in ("layers", "hidden_size", "ffn_hidden_size", "attention_heads", "kv_heads", "head_dim", "top_k"):
             positive(f"model.{key}", getattr(self, key))
+        if self.layers > _MAX_LAYERS:
+            raise ConfigError(f"model.layers={self.layers} is more than any network has: use {_MAX_LAYERS} at most")
         for key in ("vocab_size", "rope_scaling_factor", "rope_original_length"):
             positive(f"model.{key}", getattr(self, key))
         for key in ("mla_query_rank", "mla_kv_rank", "mla_head_dim", "mla_rope_head_dim", "mla_value_head_dim"):
@@ -185,6 +189,12 @@ class ModelConfig:
             positive(f"model.{key}", getattr(self, key))
         for key in ("num_experts", "dense_first", "dense_last", "dropout", "aux_loss_coeff", "bias_update_rate"):
             positive(f"model.{key}", getattr(self, key), zero=True)
+        for key in ("z_loss_coeff", "rope_mscale", "rope_mscale_all_dim"):
+            positive(f"model.{key}", getattr(self, key), zero=True)
+        if self.dropout >= 1:
+            raise ConfigError(f"model.dropout={self.dropout} must be below 1: a probability")
+        if self.rope_percent > 1:
+            raise ConfigError(f"model.rope_percent={self.rope_percent} must be 1 at most: a part of every head")
         one_of("model.attention", self.attention, ATTENTION)
         one_of("model.activation", self.activation, ACTIVATIONS)
         one_of("model.normalization", self.normalization, NORMS)

@@ -17,6 +17,8 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +28,7 @@ from train.config import RunSettings
 from train.run_files import PUBLISHED
 from train.schema.data import BlendPhase, CorpusWeight
 from train.schema.evaluation import EvaluationSet
+from train.typed import check_value, declared, nearest, shown, words
 from upcycle.stage_config import StageConfig
 
 
@@ -40,7 +43,7 @@ def config_groups() -> dict[str, list[str]]:
     return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(root.iterdir()) if any(d.glob("*.yaml"))}
 
 
-# Elements of the schema's lists; `upcycle.on_load` takes the keys of one as well.
+# Elements of the schema's lists.
 _ELEMENTS = (StageConfig, CorpusWeight, BlendPhase, EvaluationSet)
 
 
@@ -55,14 +58,17 @@ def known_keys(cls: type = RunSettings, prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def _nearest_by_last_word(word: str) -> str:
+    """`nearest` for a key without its group; of an element of a list in a preset OmegaConf leaves out where it is."""
+    lasts = {f.name: f.name for cls in _ELEMENTS for f in dataclasses.fields(cls)}
+    lasts |= {key.rsplit(".", 1)[-1]: key for key in known_keys()}
+    (close,) = difflib.get_close_matches(word, lasts, n=1, cutoff=0.5) or [""]
+    return f"; did you mean {lasts[close]}?" if close else ""
 
 
-def _element_keys() -> list[str]:
-    """Keys inside the elements of the schema's lists, such as those of one entry of `upcycle.stages`."""
-    return [f.name for cls in _ELEMENTS for f in dataclasses.fields(cls)]
+def _rule_keys() -> list[str]:
+    """Keys of `upcycle.on_load`, which has those of an element of `upcycle.stages`."""
+    return [f"upcycle.on_load.{f.name}" for f in dataclasses.fields(StageConfig)]
 
 
 def explain(error: BaseException) -> str:
@@ -79,24 +85,54 @@ def explain(error: BaseException) -> str:
             if "not in struct" in str(e) or ("not in" in text and "Key" in text):
                 if key.startswith("model.mcore."):
                     return f"{key} is a field of mcore's own: add it with a plus, +{key}=VALUE"
-                # A known key that is none here was meant inside an element of a list.
-                inside = "[" in key or key.startswith("upcycle.on_load.") or key in known_keys()
-                # Inside an element OmegaConf may leave out where; else a key without a dot is a group.
-                words = known_keys() if "." in key else [*(k for k in known_keys() if "." not in k), *_element_keys()]
-                near = "" if inside else _nearest(key, words)
-                near = near or _nearest(key.rsplit(".", 1)[-1], _element_keys())
+                near = nearest(key, [*known_keys(), *_rule_keys()]) if "." in key else _nearest_by_last_word(key)
                 return f"unknown key {key}{near or '; see `python -m train --cfg job` for all keys'}"
-            return f"{key}: {text}"
+            kind = declared(RunSettings, key)
+            return f"{key} must be {words(kind)}: {text}" if kind else f"{key}: {text}"
     text = " ".join(str(error).split())
-    option = re.search(r"Could not find '([\w/]+)/([^']+)'", text)
+    option = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
     if option:
         group, name = option.groups()
         options = config_groups().get(group, [])
-        return f"{group}={name} is unknown: use one of {', '.join(options) or 'none'}{_nearest(name, options)}"
+        return f"{group}={name} is unknown: use one of {', '.join(options) or 'none'}{nearest(name, options)}"
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
-        return f"unknown key {override.group(1)}{_nearest(override.group(1), known_keys())}"
+        return f"unknown key {override.group(1)}{nearest(override.group(1), known_keys())}"
     return text.split(" See https")[0]
+
+
+def _parsed(word: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as e:
+        raise ConfigError(f"{word} is not KEY=VALUE as Hydra reads it: {explain(e)}") from None
+
+
+def _check_override(override: Override) -> None:
+    """Check one word of the command line by itself: the preset it names, or the type of its value.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
+    key, options = str(override.key_or_group), config_groups().get(str(override.key_or_group))
+    if not key or key.split(".")[0].split("/")[0] == "hydra":
+        raise ConfigError(f"{override.input_line} sets no key of a run: see `python -m train --cfg job` for all keys")
+    kind = declared(RunSettings, key)
+    if override.is_delete():
+        if options is None and kind is not None:
+            raise ConfigError(f"{override.input_line}: a run needs every key: give it a value, {key}=VALUE")
+        return
+    if override.is_add() and kind is not None:
+        raise ConfigError(f"{override.input_line}: {key} is there already: leave out the plus")
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"{override.input_line} gives several values: use one, a list [A,B], or -m for a sweep (python -m launch)"
+        )
+    value = override.value()
+    if options is not None and not isinstance(value, str):
+        raise ConfigError(f"{key}={shown(value)} names no preset: use one of {', '.join(options)}")
+    if options is None and kind is not None:
+        check_value(key, value, kind)
 
 
 def compose_settings(overrides: list[str]) -> Any:
@@ -109,12 +145,16 @@ def compose_settings(overrides: list[str]) -> Any:
     if GlobalHydra.instance().is_initialized():
         GlobalHydra.instance().clear()
     try:
+        for word in overrides:
+            _check_override(_parsed(word))
         with initialize_config_module(config_module="configs", version_base="1.3"):
             tree = compose(config_name="config", overrides=overrides)
+        # Presets and what one key takes from another.
+        check_value("", OmegaConf.to_container(tree, resolve=True), RunSettings)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
     begun = (Path(tree.run.dir) / PUBLISHED).is_dir()
-    if begun or tree.model.init_from is not None or tree.run.resume not in ("auto", "never"):
+    if begun or tree.model.init_from is not None or tree.run.resume not in ("auto", "never", ""):
         # Here and not above: it reads checkpoints, and planning is quick without torch and mcore.
         from parallel.compat import quiet_megatron
 
@@ -162,6 +202,7 @@ def settings_to_dict(settings: RunSettings) -> dict[str, Any]:
 
 def settings_from_dict(values: dict[str, Any]) -> RunSettings:
     """The inverse of `settings_to_dict`, with all checks."""
+    check_value("", values, RunSettings)
     try:
         return to_settings(OmegaConf.merge(OmegaConf.structured(RunSettings), values))
     except OmegaConfBaseException as e:
@@ -179,8 +220,9 @@ def stage_from_dict(values: Mapping[str, Any], name: str) -> StageConfig:
         ConfigError: for an unknown key or a value of the wrong type.
     """
     try:
+        check_value("", dict(values), StageConfig)
         stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), dict(values)))
-    except OmegaConfBaseException as e:
+    except (ConfigError, OmegaConfBaseException) as e:
         raise ConfigError(f"{name}: {explain(e)}") from None
     assert isinstance(stage, StageConfig)
     return stage

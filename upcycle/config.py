@@ -129,10 +129,16 @@ class UpcycleConfig:
         for name in ("at_step", "at_tokens", "factor", "num_experts", "parallel"):
             value = getattr(self.on_load, name)
             if value != getattr(fixed, name):
+                key = f"upcycle.on_load.{name}"
+                if name == "parallel":
+                    size, value = next(iter(self.on_load.parallel.changes().items()))
+                    key = f"{key}.{size}"
                 raise ConfigError(
-                    f"upcycle.on_load.{name}={value} has no meaning: the expansion is made where the checkpoint stands, to "
-                    f"model.num_experts and the sizes of parallel: drop upcycle.on_load.{name}"
+                    f"{key}={value} has no meaning: the expansion is made where the checkpoint stands, to "
+                    f"model.num_experts and the sizes of parallel: drop {key}"
                 )
+        # Any factor will do: that of the checkpoint is not known yet.
+        replace(self.on_load, factor=2).check("upcycle.on_load")
 
     def check(
         self,

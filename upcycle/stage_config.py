@@ -239,6 +239,9 @@ class StageConfig:
                 "for how many steps"
             )
         one_of(f"{key}.mode", self.mode, MODES)
+        positive(f"{key}.release_steps", self.release_steps)
+        positive(f"{key}.release_hold_steps", self.release_hold_steps, zero=True)
+        one_of(f"{key}.release_shape", self.release_shape, SHAPES)
         if self.mode == "exact":
             self._check_exact(key)
         one_of(f"{key}.placement", self.placement, PLACEMENTS)
@@ -265,9 +268,6 @@ class StageConfig:
                 f"{key}.bias_noise={self.bias_noise} would change the function in {key}.mode=exact, where position tells "
                 f"copies apart: drop {key}.bias_noise"
             )
-        positive(f"{key}.release_steps", self.release_steps)
-        positive(f"{key}.release_hold_steps", self.release_hold_steps, zero=True)
-        one_of(f"{key}.release_shape", self.release_shape, SHAPES)
 
     def noise(self) -> float:
         """Half-width of the noise on the selection bias of replicas."""

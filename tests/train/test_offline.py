@@ -146,7 +146,7 @@ def test_rules_without_gradients_need_no_model(job: Path, tmp_path: Path, capsys
         (["--num-experts", "17", "--selection", "greedy"], 2, "the stage.num_experts=17 is not divisible by parallel.expert=2"),
         (["--factor", "4", "--selection", "greedy", "--max-extra-copies", "1"], 2, "max_extra_copies=1 is too small for 16 -> 64"),
         (["--factor", "2", "--optimizer-rule", "forget"], 2, "optimizer_rule=forget is unknown"),
-        (["--factor", "two"], 2, "factor: Value 'two'"),
+        (["--factor", "two"], 2, "factor=two must be a whole number or null"),
         ([], 2, "has no stage to come in its configuration: say --factor or --num-experts"),
         (["--parallel", "{expert: 4}"], 2, "the stage.parallel.expert=4 x parallel.expert_tensor=1"),
         (["--factor", "2", "--output", "."], 4, "exists and is not empty: choose another folder"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import ConfigError
-from train.settings import config_groups, explain, load_settings, settings_from_dict, settings_to_dict
+from train.settings import config_groups, explain, load_settings, settings_from_dict, settings_to_dict, stage_from_dict
 
 _DEMO = ["experiment=demo", "model=tiny", "parallel.expert=2"]
 
@@ -43,7 +43,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["model.layer=3"], 2, r"unknown key model\.layer; did you mean model\.layers\?"),
         (["upcycle.stages=[{at_step: 3, fctor: 2}]"], 2, r"unknown key .*fctor; did you mean factor\?"),
         (["upcycle.stages=[{at_step: 3, factor: 2, optimizer: reset}]"], 2, r"unknown key .*optimizer; did you mean optimizer_rule\?"),
-        (["run.steps=abc"], 2, r"run\.steps: Value 'abc' .* Integer"),
+        (["run.steps=abc"], 2, r"run\.steps=abc must be a whole number$"),
         (["model=tyni"], 2, r"model=tyni is unknown: use one of .*; did you mean tiny\?"),
         (["optimizer=lion"], 2, r"optimizer=lion is unknown: use one of adamw"),
         (["model.layers=-1"], 2, r"model\.layers=-1 must be above zero"),
@@ -73,7 +73,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["upcycle.stages=[{at_step: 9, factor: 1, parallel: {expert: 1}}]"], 2, r"factor=1 must be 2 or more"),
         (["upcycle.stages=[{at_step: 9, parallel: {expert: 0}}]"], 2, r"upcycle\.stages\[0\]\.parallel\.expert=0 must be 1 or more"),
         (["upcycle.stages=[{at_step: 9, parallel: {exprt: 4}}]"], 2, r"unknown key .*exprt; did you mean (parallel\.)?expert\?"),
-        (["upcycle.stages=[{at_step: 9, parallel: {expert: many}}]"], 2, r"expert: Value 'many' .* Integer"),
+        (["upcycle.stages=[{at_step: 9, parallel: {expert: many}}]"], 2, r"upcycle\.stages\[0\]\.parallel\.expert=many must be a whole number or null"),
         (["data.global_batch_size=12", "upcycle.stages=[{at_step: 9, parallel: {expert: 3}}]"], 6, r"upcycle\.stages\[0\]\.parallel\.expert=3 does not divide the 8 experts"),
         (["data.global_batch_size=64", "upcycle.stages=[{at_step: 9, factor: 2, parallel: {expert: 32}}]"], 32, r"factor x experts=16 is not divisible by upcycle\.stages\[0\]\.parallel\.expert=32"),
         (["upcycle.stages=[{at_step: 9, parallel: {virtual_pipeline: 2}}]"], 2, r"upcycle\.stages\[0\]\.parallel: parallel\.virtual_pipeline=2 needs parallel\.pipeline"),
@@ -111,6 +111,79 @@ def test_bad_settings_are_refused_in_one_line(overrides: list[str], processes: i
         load_settings([*_DEMO, *overrides], processes)
     assert "\n" not in str(refused.value)
     assert refused.value.exit_code == 2
+
+
+# A kind of key each: what is no value of it.
+_KINDS = {
+    "run.seed": (
+        "a whole number",
+        ["abc", "''", "1.5", "nan", "[1]", "{a: 1}", "null", "true", "99999999999999999999"],
+    ),
+    "run.stop_at_step": ("a whole number or null", ["abc", "[1]", "???"]),
+    "optimizer.beta1": ("a finite number", ["abc", "nan", "inf", "[1]", "null", "true"]),
+    "checkpoint.save_final": ("true or false", ["-1", "abc", "null", "[true]"]),
+    "performance.rope_fusion": ("true, false or text", ["[true]", "1", "null"]),
+    "run.dir": ("text", ["[a]", "{a: 1}", "null"]),
+    "run": ("a mapping of dir, seed, steps, resume, precision, stop_at_step, ...", ["abc", "3", "[1]", "null"]),
+    "model.mcore": ("a mapping", ["abc", "[1]", "null"]),
+    "profile.steps": ("a list of whole numbers or null", ["3", "{a: 1}"]),
+    "evaluation.sets": ("a list of mappings of name, prefix, split, batches", ["abc", "{name: a}", "null"]),
+    "data.schedule": ("a list of mappings of at_step, at_tokens, at_stage, blend", ["3"]),
+}
+
+
+@pytest.mark.parametrize(("key", "words", "value"), [(k, w, v) for k, (w, values) in _KINDS.items() for v in values])
+def test_a_value_of_another_kind_is_refused_by_the_full_key(key: str, words: str, value: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_settings([f"{key}={value}"], 2)
+    text = str(refused.value)
+    assert text.startswith(f"{key}=") and text.endswith(f" must be {words}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.blend=[{prefix: a}, {prefix: b, weight: much}]", r"data\.blend\[1\]\.weight=much must be a finite number"),
+        ("data.schedule=[{at_step: 9, blend: [a]}]", r"data\.schedule\[0\]\.blend\[0\]=a must be a mapping of prefix, weight"),
+        ("evaluation.sets=[{nme: a}]", r"unknown key evaluation\.sets\[0\]\.nme; did you mean name\?"),
+        ("run={stps: 3}", r"unknown key run\.stps; did you mean steps\?"),
+        ("learning_rat=3", r"unknown key learning_rat; did you mean schedule\.learning_rate\?"),
+        ("upcycle.on_load.fctor=3", r"unknown key .*fctor; did you mean upcycle\.on_load\.factor\?"),
+        ("upcycle.on_load.temperature=-1", r"upcycle\.on_load\.temperature=-1\.0 must be above zero"),
+        ("upcycle.on_load.parallel.expert=2", r"upcycle\.on_load\.parallel\.expert=2 has no meaning"),
+        ("run.steps=${run.dir}", r"run\.steps must be a whole number: .*\$\{run\.dir\}"),
+        ("run.dir=${oc.env:COPPICE_HAS_NONE}", r"run\.dir must be text: .*COPPICE_HAS_NONE"),
+        ("schedule=null", r"schedule=null names no preset: use one of constant, cosine, wsd"),
+        ("data=''", r"data= is unknown: use one of default, long"),
+        ("model=tiny,demo", r"model=tiny,demo gives several values: .* -m for a sweep"),
+        ("~run.steps", r"~run\.steps: a run needs every key: give it a value, run\.steps=VALUE"),
+        ("+run.steps=3", r"\+run\.steps=3: run\.steps is there already: leave out the plus"),
+        ("hydra.run.dir=x", r"hydra\.run\.dir=x sets no key of a run"),
+        ("=3", "=3 sets no key of a run"),
+        ("run.steps=[", r"run\.steps=\[ is not KEY=VALUE as Hydra reads it"),
+        ("model.layers=1000000000", r"model\.layers=1000000000 is more than any network has"),
+        ("model.dropout=1.5", r"model\.dropout=1\.5 must be below 1"),
+        ("model.rope_percent=2", r"model\.rope_percent=2\.0 must be 1 at most"),
+        ("run.resume=''", r"run\.resume is empty"),
+        ("tracking.name=''", r"tracking\.name is empty"),
+    ],
+)  # fmt: skip
+def test_words_that_hydra_has_no_plain_answer_to(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_settings([*_DEMO, override], 2)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_kept_configuration_and_a_request_are_held_against_the_same_types() -> None:
+    kept = settings_to_dict(load_settings(_DEMO, 2))
+    assert settings_from_dict(kept).run.steps == kept["run"]["steps"]
+    kept["optimizer"]["beta1"] = float("nan")
+    with pytest.raises(ConfigError, match=r"^optimizer\.beta1=nan must be a finite number"):
+        settings_from_dict(kept)
+    with pytest.raises(ConfigError, match=r"^the request: unknown key fctor; did you mean factor\?"):
+        stage_from_dict({"fctor": 2}, "the request")
+    with pytest.raises(ConfigError, match=r"^the request: num_experts=\[4\] must be a whole number or null"):
+        stage_from_dict({"num_experts": [4]}, "the request")
 
 
 def test_explain_survives_an_error_without_a_key() -> None:

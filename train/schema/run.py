@@ -42,3 +42,5 @@ class RunConfig:
         one_of("run.console", self.console, ("auto", "panel", "plain"))
         if not self.dir:
             raise ConfigError("run.dir is empty: name a folder for the run")
+        if not self.resume:
+            raise ConfigError("run.resume is empty: use auto, never or the path of a checkpoint")

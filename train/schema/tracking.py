@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from model.config import one_of
+from parallel.errors import ConfigError
 
 
 @dataclass
@@ -18,10 +19,14 @@ class TrackingConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check choices.
+        """Check choices and names.
 
         Raises:
             ConfigError: naming the key and the value.
         """
         one_of("tracking.backend", self.backend, ("none", "wandb", "tensorboard"))
         one_of("tracking.mode", self.mode, ("offline", "online"))
+        if not self.project:
+            raise ConfigError("tracking.project is empty: name a project")
+        if self.name == "":
+            raise ConfigError("tracking.name is empty: give a name, or null for that of run.dir")
