@@ -159,12 +159,10 @@ def check_gpus(gpus: Gpus, local_processes: int | None) -> list[Check]:
 
 
 def check_corpus(settings: RunSettings) -> list[Check]:
-    """Corpora and validation sets that a run could open, and their tokenizer."""
-    from train.data.stream import open_corpora
-    from train.evaluation import open_sets
+    """Corpora, validation sets and a published model that a run could open, and their tokenizer."""
+    from train.inputs import open_inputs
 
-    corpora = open_corpora(settings.data)
-    open_sets(settings.evaluation, settings.data, corpora)
+    corpora = open_inputs(settings)
     manifest = corpora[0][1]
     manifest.tokenizer()
     tokens = sum(m.tokens("train") for _, m in corpora)

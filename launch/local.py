@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launch.environment import with_defaults
-from launch.sweep import Ended, add_flag, plan_sweep, run_sweep
+from launch.sweep import Ended, add_flag, missing_inputs, plan_sweep, run_sweep
 from parallel.errors import LaunchError
 from train.config import RunSettings
 from train.console import wants_panel
@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         return run_local(processes, port, arguments.overrides)
     _check(processes, port)
     sweep = plan_sweep(arguments.overrides, processes)
+    for missing in missing_inputs(sweep):
+        raise missing
     return run_sweep(sweep, lambda point: run_ranks(processes, port, list(point.overrides), point.settings))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.slurm_script import SlurmJob, render
-from launch.sweep import add_flag, plan_sweep
+from launch.sweep import add_flag, missing_inputs, plan_sweep
 from parallel.errors import DataError, LaunchError
 from train.run_files import make_directory
 from train.settings import load_settings
@@ -96,6 +96,13 @@ def _submit_sweep(arguments: argparse.Namespace) -> int:
     jobs = [
         plan_job(argparse.Namespace(**vars(arguments) | {"overrides": list(p.overrides)}), Path.cwd()) for p in left
     ]
+    missing = missing_inputs(sweep)
+    if missing:
+        # Not refused: the nodes of the job may have folders that this one has not.
+        print(
+            f"warning: {len(missing)} of {len(sweep.points)} points do not find here what they read, first {missing[0]}",
+            file=sys.stderr,
+        )
     length = arguments.chain or 1
     passed = (
         f", {len(sweep.points) - len(left)} of them finished and passed over" if len(left) < len(sweep.points) else ""

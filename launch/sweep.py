@@ -162,6 +162,24 @@ def plan_sweep(overrides: Sequence[str], world_size: int) -> Sweep:
     return Sweep(folder, tuple(common), tuple(points), known)
 
 
+def missing_inputs(sweep: Sweep) -> list[CoppiceError]:
+    """What the points that have not finished would read and do not find, an error for each that could not start."""
+    # Here and not above: torch and mcore take seconds to load, and the settings are checked before.
+    from parallel.compat import quiet_megatron
+
+    quiet_megatron()
+    from train.inputs import open_inputs
+
+    found: list[CoppiceError] = []
+    for point in sweep.points:
+        try:
+            if not point.finished():
+                open_inputs(point.settings)
+        except CoppiceError as e:
+            found.append(type(e)(f"point {point.name}: {e}"))
+    return found
+
+
 def point_name(number: int, swept: Sequence[str]) -> str:
     """Folder name of a point: its number and what is its own, in letters that no shell, file system or SLURM minds."""
     words = [override.lstrip("+~").partition("=") for override in swept]

@@ -9,9 +9,7 @@ from parallel.devices import out_of_memory
 from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
-from train.data.stream import open_corpora
-from train.evaluation import open_sets
-from train.hf.start import check_published
+from train.inputs import open_inputs
 from train.run import Run
 from train.signals import StopRequest
 from train.status import tell_failed_start, tell_failure
@@ -33,10 +31,7 @@ def run_settings(settings: RunSettings) -> str:
         CoppiceError: for anything a user can mend.
     """
     refuse_missing(settings.tracking)
-    corpora = open_corpora(settings.data)
-    # The run opens them too; what is wrong with one is told before any process group.
-    open_sets(settings.evaluation, settings.data, corpora)
-    check_published(settings, corpora)
+    corpora = open_inputs(settings)
     joined = join_job(settings.parallel.timeout_seconds, Path(settings.run.dir))
     try:
         layout = Layout.create(settings.parallel, settings.run.seed)

@@ -10,7 +10,7 @@ import pytest
 
 from launch.__main__ import main
 from launch.sweep import Ended, Point, expand, plan_sweep, point_name, run_sweep
-from parallel.errors import ConfigError, LaunchError
+from parallel.errors import ConfigError, DataError, LaunchError
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, small_corpus, train_here
 from train.settings import write_yaml
@@ -83,6 +83,22 @@ def test_a_sweep_of_which_a_point_cannot_run_starts_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_data_that_a_later_point_lacks_is_told_before_the_first_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = small_corpus(tmp_path)
+    words = [*SMALL, f"run.dir={tmp_path / 'lr'}", f"data.corpus={corpus},{tmp_path / 'none'}"]
+    assert main(["local", "--processes", "1", "-m", "--", *words]) == DataError.exit_code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: point 002-corpus=") and "/none" in err and err.count("\n") == 1
+    assert not (tmp_path / "lr").exists()
+    # The nodes of a job may have it.
+    assert main(["slurm", "--dry-run", *_CPU, "-m", "--", *words]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("warning: 1 of 2 points do not find here what they read, first point 002-corpus=")
+    assert "# 2 points; " in out
+
+
 def test_the_folder_of_a_run_is_none_for_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ConfigError, match="is the folder of a run: choose another for the sweep"):
@@ -152,7 +168,8 @@ def test_a_job_for_every_point_is_submitted(
         assert f"'run.dir='\"'\"'{script.parent}'\"'\"''" in text
     assert f"schedule.learning_rate={0.003}" in scripts[1].read_text()
     assert main(words) == LaunchError.exit_code
-    assert capsys.readouterr().err == "error: sbatch refuses: no more; submitted before it: 43 (scancel ends them)\n"
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "error: sbatch refuses: no more; submitted before it: 43 (scancel ends them)"
 
 
 def _tiny(tmp_path: Path) -> list[str]:
