@@ -195,8 +195,8 @@ def main() -> None:
             print(f"  {name:36} {middle:.3f} ({low:.3f} to {high:.3f})")
     _RESULT.write_text(
         json.dumps(
-            {"machine": _machine(), "date": datetime.now(UTC).date().isoformat(), "processes": options.processes,
-             "interval": options.interval, "versions": versions, "sizes": sizes},
+            {"machine": _machine(), "date": datetime.now(UTC).date().isoformat(), "command": "python " + " ".join(sys.argv),
+             "processes": options.processes, "interval": options.interval, "versions": versions, "sizes": sizes},
             indent=1,
         )
     )  # fmt: skip

@@ -193,6 +193,7 @@ def main() -> None:
         rows[each]["coppice_over_it"] = {key: rows["coppice"][key] / rows[each][key] for key in keys}
         print(f"{each}: " + ", ".join(f"{key} {rows[each][key]:.2f}" for key in keys))
     result = {"machine": _machine(), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
+              "command": "python " + " ".join(sys.argv),
               "load_average": os.getloadavg()[0], "system": platform.platform(), "text_megabytes": size_bytes / 1e6,
               "vocabulary": _VOCABULARY, "workers": options.workers, "repeats": options.repeats,
               "same_token_files": same, "programs": rows, "runs": runs}  # fmt: skip

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,6 +133,7 @@ def main() -> None:
                     )
                 print(f"{threads} threads, {name}, {row['dtype']}: GB/s {text}; ratio {row['ratio']:.1f}", flush=True)
     result = {"machine": _machine(options.device), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
+              "command": "python " + " ".join(sys.argv),
               "load_average": os.getloadavg()[0], "repeats": options.repeats, "rows": rows}  # fmt: skip
     _RESULTS.mkdir(exist_ok=True)
     target = _RESULTS / ("fingerprints.json" if options.device == "cpu" else "fingerprints_cuda.json")

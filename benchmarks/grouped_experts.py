@@ -235,7 +235,9 @@ def main() -> None:
     rows = measure(options.shapes, options.dtype, options.pairs, layout)
     leave_job(joined)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": machine, "pairs": options.pairs, "rows": rows}, indent=1) + "\n")
+    result = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "command": "python " + " ".join(sys.argv),
+              "pairs": options.pairs, "rows": rows}  # fmt: skip
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {options.output}")
 
 

@@ -15,6 +15,7 @@ import pickle
 import platform
 import random
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,7 +174,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this process {peak:.2f} GiB (all ranks' descriptions at once)")
     document = {
-        "command": "python benchmarks/simulated_switch.py",
+        "command": "python " + " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
         "machine": platform.processor() or platform.machine(),
         "options": {k: v for k, v in vars(options).items() if k != "output"},
         "results": results,

@@ -348,7 +348,7 @@ def main() -> None:
         "scale": asdict(scale), "seeds": seeds, "results": results, "table": lines, "minutes": minutes,
         "cpu_minutes": cpu_minutes, "versions": {name: version(name) for name in ("torch", "megatron-core", "coppice")},
         "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(), "command": "python " + " ".join(sys.argv),
     }, indent=1))  # fmt: skip
 
 
