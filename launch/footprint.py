@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from model.config import ModelConfig, padded_vocab_size
+from model.graphs import input_bytes
 from model.network import Chunk, gated, head_widths, network_chunks
 from model.recompute import modules_of
 from parallel.cluster import STATE_BYTES, Coordinates, LogicalTensor, coordinates, round_up
@@ -231,8 +232,8 @@ def activation_bytes(
 
     Full recomputation keeps H per unit of layers, selective drops what its modules compute (`_dropped_elements`); what is
     computed again is there once more for one unit, or one layer. In flight: mcore's 1F1B warm-up, min(pipeline - rank,
-    accumulation) micro-batches, or its interleaved count. Buffers of kernels, of communication and of the allocator are
-    not in it.
+    accumulation) micro-batches, or its interleaved count. CUDA graphs keep inputs of their own for each of these. Buffers
+    of kernels, of communication and of the allocator are not in it.
     """
     model, data = settings.model, settings.data
     weight, tensor = (2 if settings.run.precision == "bf16" else 4), parallel.tensor
@@ -270,7 +271,12 @@ def activation_bytes(
     if stage == pipeline - 1:
         rows = padded_vocab_size(model, vocab_size)
         total += 2 * model.hidden_size / tensor * weight + rows / tensor * (weight + 4)
-    return round(total * tokens)
+    graphs = 0
+    if settings.performance.cuda_graphs != "none":
+        layers = [len(chunk.layers) for chunk in chunks if chunk.stage == stage]
+        each = input_bytes(model, parallel, data.sequence_length, data.micro_batch_size)
+        graphs = each * sum(n * count for n, count in zip(in_flight, layers, strict=True))
+    return round(total * tokens) + graphs
 
 
 def _layer_elements(

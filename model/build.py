@@ -22,10 +22,12 @@ from model import choices, fp8, recompute
 from model.attention import LatentDotProductAttention
 from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
+from model.graphs import WARMUP_STEPS
 from model.norm import AllKeysNorm, AllQueriesNorm, CoppiceNorm
 from model.performance import PerformanceConfig
 from parallel.compat import (
     can_discard_outputs,
+    graph_fields,
     is_moe_layer,
     layer_submodules,
     make_transformer_config,
@@ -178,7 +180,10 @@ def transformer_config(
             )
     if num_experts:
         values |= _moe_values(model, num_experts, te)
-    values |= choices.mcore_fields(model, performance or PerformanceConfig())
+    performance = performance or PerformanceConfig()
+    values |= choices.mcore_fields(model, performance)
+    if performance.cuda_graphs == "attention":
+        values |= graph_fields(WARMUP_STEPS)
     values |= recompute.mcore_fields(model, experts_kind(model)) | fp8.mcore_fields(model) | model.mcore
     cls = MLATransformerConfig if model.attention == "mla" else TransformerConfig
     try:

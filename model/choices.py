@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model.config import ModelConfig
+from model.graphs import KEY, WARMUP_STEPS, refuse_graphs
 from model.performance import PerformanceConfig
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
@@ -128,7 +129,7 @@ def choose(at: Situation) -> tuple[Choice, ...]:
     ]
     choices += [_decided(*wish) for wish in wishes]
     gather = _param_gather(at, bool(choices[-1].value))
-    return (*choices, _decided("optimizer.overlap_param_gather", at.overlap_param_gather, gather))
+    return (*choices, _decided("optimizer.overlap_param_gather", at.overlap_param_gather, gather), *_graphs(at))
 
 
 def _decided(key: str, wish: bool | str, verdict: _Verdict) -> Choice:
@@ -293,6 +294,20 @@ def _param_gather(at: Situation, reducing: bool) -> _Verdict:
     if not reducing:
         return "it needs optimizer.overlap_grad_reduce", False, ""
     return None, at.machine.gpu is not None, "weights are gathered while the forward pass runs"
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def _graphs(at: Situation) -> list[Choice]:
+    """Graphs where they were asked for; they are never chosen, because no GPU has shown yet what they are worth."""
+    wish = at.performance.cuda_graphs
+    engine = at.machine.has("transformer-engine")
+    refuse_graphs(at.model, wish, bf16=at.bf16, documents=at.documents, gpu=at.machine.gpu is not None, engine=engine)
+    if wish == "none":
+        return []
+    why = f"as set: captured after {WARMUP_STEPS} steps of the stage, and dropped before the next; not run on a GPU yet"
+    return [Choice(KEY, wish, why, automatic=False)]
 
 
 # ---- what mcore is told ----------------------------------------------------------------------------------------------

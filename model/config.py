@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.fp8 import FP8_FORMATS, FP8_RECIPES
-from model.graphs import refuse_graphs
+from model.graphs import refuse_graph_fields
 from model.mcore_fields import refuse_keyed
 from model.recompute import METHODS, RECOMPUTE, check_recompute
 from parallel.errors import ConfigError
@@ -220,7 +220,7 @@ class ModelConfig:
             self._check_routing()
         check_recompute(self)
         refuse_keyed(self.mcore)
-        refuse_graphs(self.mcore)
+        refuse_graph_fields(self.mcore)
 
     def _check_published(self) -> None:
         """What published families have and not every combination here can express."""

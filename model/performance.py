@@ -1,12 +1,13 @@
 """Typed schema of the `performance` group: what makes a step faster and changes nothing of what is trained.
 
-Every key is `auto` unless set: what that becomes depends on the machine, the layout and what is installed, and the run and
-`python -m launch plan` say it with the reason. On CPU all of it is off.
+Every key but `cuda_graphs` is `auto` unless set: what that becomes depends on the machine, the layout and what is installed,
+and the run and `python -m launch plan` say it with the reason. On CPU all of it is off.
 """
 
 from dataclasses import dataclass
 
 from model.config import one_of, toggle
+from model.graphs import GRAPHS
 
 FLEX_BACKENDS = ("auto", "deepep", "hybridep")
 
@@ -29,6 +30,9 @@ class PerformanceConfig:
     shared_expert_overlap: bool | str = "auto"
     # Library of the flex dispatcher: DeepEP, HybridEP, or whichever is installed and fits the GPU.
     flex_backend: str = "auto"
+    # Replay the kernels of attention from CUDA graphs, captured after the first steps of a stage: none, or attention
+    # (docs/gpu.md; needs Transformer Engine, and has not been run on a GPU yet).
+    cuda_graphs: str = "none"
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without knowing the machine.
@@ -46,3 +50,4 @@ class PerformanceConfig:
         ):
             toggle(f"performance.{key}", getattr(self, key))
         one_of("performance.flex_backend", self.flex_backend, FLEX_BACKENDS)
+        one_of("performance.cuda_graphs", self.cuda_graphs, GRAPHS)

@@ -176,6 +176,19 @@ def norms_uncompressed_queries() -> bool:
     return importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is not None
 
 
+def graph_fields(warmup_steps: int) -> dict[str, Any]:
+    """mcore's fields for CUDA graphs of attention by Transformer Engine; which parts are captured has another name in 0.19.
+
+    Args:
+        warmup_steps: of a stage before they are captured; mcore warms kernels up the less for it.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    parts = "cuda_graph_modules" if "cuda_graph_modules" in known else "cuda_graph_scope"
+    return {"cuda_graph_impl": "transformer_engine", parts: ["attn"], "cuda_graph_warmup_steps": warmup_steps}
+
+
 def gradient_memory(wrapped: Any) -> list[torch.Tensor]:
     """The flat gradients of a chunk in mcore's DistributedDataParallel, dense and expert; empty ones left out."""
     buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]

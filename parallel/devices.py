@@ -46,6 +46,14 @@ def memory_peak(device: torch.device) -> int:
     return int(peak)
 
 
+def held_bytes(device: torch.device) -> int:
+    """Bytes that torch holds of a GPU once what it only keeps for later is given back; 0 on CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return int(torch.cuda.memory_reserved(device))
+
+
 def refuse_too_few(devices: int, local_rank: int, local_processes: int) -> None:
     """Refuse more processes on a machine than it has GPUs, before any of them is touched.
 

@@ -23,6 +23,7 @@ from parallel import errors
 from parallel.config import ParallelConfig
 from parallel.devices import refuse_mixed, refuse_too_few, refuse_unlike
 from parallel.errors import CoppiceError, LaunchError
+from parallel.graphs import leave_default_stream, seed_replayed_streams
 from parallel.machine import Machine, this_machine
 
 
@@ -64,12 +65,13 @@ def _check_rendezvous() -> None:
             ) from None
 
 
-def join_job(timeout_seconds: int, records: Path | None = None) -> bool:
+def join_job(timeout_seconds: int, records: Path | None = None, *, graphs: bool = False) -> bool:
     """Join the job's process group: NCCL where there is CUDA, gloo otherwise; a single process needs no launcher.
 
     Args:
         timeout_seconds: after which a collective that a rank never joined ends the job.
         records: folder for what NCCL's flight recorder writes then.
+        graphs: whether this process will capture CUDA graphs; on a GPU it computes on a stream of its own then.
 
     Returns:
         Whether this call joined; False where the caller's process had joined already and has to leave by itself.
@@ -97,6 +99,8 @@ def join_job(timeout_seconds: int, records: Path | None = None) -> bool:
         local = int(os.environ["LOCAL_RANK"])
         refuse_too_few(torch.cuda.device_count(), local, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.cuda.set_device(local)
+        if graphs:
+            leave_default_stream()
         for name, value in flight_recorder(records).items():
             os.environ.setdefault(name, value)
     try:
@@ -148,6 +152,7 @@ class Layout:
         data_rank: this rank among them.
         groups: mcore's process groups; empty once the layout was changed.
         device: where tensors live.
+        graphs: whether CUDA graphs are captured, which takes generators of another kind.
     """
 
     config: ParallelConfig
@@ -158,14 +163,16 @@ class Layout:
     data_rank: int
     groups: ProcessGroupCollection
     device: torch.device
+    graphs: bool = False
 
     @classmethod
-    def create(cls, config: ParallelConfig, seed: int) -> "Layout":
+    def create(cls, config: ParallelConfig, seed: int, *, graphs: bool = False) -> "Layout":
         """Form the process groups and seed the generators; collective.
 
         Args:
             config: sizes of the parallel dimensions.
             seed: of the generators (`seed_streams`).
+            graphs: whether CUDA graphs are captured, which takes generators of another kind.
 
         Raises:
             ConfigError: if the sizes do not fit the number of processes.
@@ -193,6 +200,7 @@ class Layout:
             data_rank=parallel_state.get_data_parallel_rank(),
             groups=ProcessGroupCollection.use_mpu_process_groups(),
             device=device,
+            graphs=graphs,
         )
         layout.seed_streams(seed)
         return layout
@@ -221,7 +229,7 @@ class Layout:
         if self.device.type == "cuda":
             # NCCL allocates past torch: blocks that torch keeps cached are no use to the new communicators.
             torch.cuda.empty_cache()
-        return Layout.create(config, seed)
+        return Layout.create(config, seed, graphs=self.graphs)
 
     def seed_streams(self, seed: int) -> None:
         """Start the generators of this rank: torch's, and mcore's streams, one per tensor and expert coordinate.
@@ -229,7 +237,10 @@ class Layout:
         Args:
             seed: from which mcore derives the seed of each stream.
         """
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        if self.graphs:
+            seed_replayed_streams(seed)
+        else:
+            tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         torch.manual_seed(seed)
 
     def machine(self) -> Machine:

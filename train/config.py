@@ -13,6 +13,7 @@ from pathlib import Path
 from model.alignment import check_grouped
 from model.config import ModelConfig, divides
 from model.fp8 import check_sizes
+from model.graphs import refuse_graphs
 from model.performance import PerformanceConfig
 from model.recompute import check_layers
 from parallel.config import ParallelConfig
@@ -69,6 +70,9 @@ class RunSettings:
         for i, phase in enumerate(self.data.schedule):
             phase.check(f"data.schedule[{i}]", self.run.steps)
         self._check_documents()
+        # What the machine has to say is heard later.
+        graphs, bf16 = self.performance.cuda_graphs, self.run.precision == "bf16"
+        refuse_graphs(self.model, graphs, bf16=bf16, documents=self.data.document_attention)
 
     def _check_documents(self) -> None:
         """Refuse what documents that are kept apart cannot be combined with."""

@@ -22,6 +22,7 @@ from train import random_state
 from train.acceleration import changed, choice_lines
 from train.config import RunSettings
 from train.evaluation import Evaluated, evaluate
+from train.graphs import drop_graphs
 from train.guard import Guard
 from train.health import beyond
 from train.signals import Stopping
@@ -50,6 +51,8 @@ def expand(run: "Run") -> None:
     clock, options = Clock(run.watchdog), run.settings.upcycle
     decided = run.stage.choices
     run.persistence.settle()
+    # Scoring takes the model over batches in its own way, and needs the room.
+    drop_graphs(run, "the switch")
     before = evaluate(run)
     with clock.act("plan"):
         plan = make_plan(run)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.errors import CoppiceError, DataError
 from train.checkpoint.folder import Manifest, list_checkpoints, read_manifest, step_of
+from train.graphs import drop_graphs
 from train.run_files import write_json
 from train.schema.health import HealthConfig
 from train.stage import build_stage
@@ -202,6 +203,7 @@ def go_back(run: "Run", source: Path) -> Manifest:
     """
     with run.layout.together("going back to a checkpoint"):
         manifest = read_manifest(source)
+    drop_graphs(run, "going back")
     run.stage.release()
     gc.collect()
     run.course = run.course.back_to(manifest.stage)

@@ -9,6 +9,7 @@ from parallel.devices import out_of_memory
 from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
 from train.config import RunSettings
+from train.graphs import wants_graphs
 from train.inputs import open_inputs
 from train.run import Run
 from train.signals import StopRequest
@@ -32,9 +33,10 @@ def run_settings(settings: RunSettings) -> str:
     """
     refuse_missing(settings.tracking)
     corpora = open_inputs(settings)
-    joined = join_job(settings.parallel.timeout_seconds, Path(settings.run.dir))
+    graphs = wants_graphs(settings)
+    joined = join_job(settings.parallel.timeout_seconds, Path(settings.run.dir), graphs=graphs)
     try:
-        layout = Layout.create(settings.parallel, settings.run.seed)
+        layout = Layout.create(settings.parallel, settings.run.seed, graphs=graphs)
         # Before the run is opened: reading corpora and a checkpoint may take long.
         with StopRequest(Path(settings.run.dir), layout.rank) as stop:
             try:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state, get_cuda_rng_tracker
 
 from parallel.errors import CheckpointError
 from parallel.safe_pickle import load_plain
@@ -22,7 +22,10 @@ def capture() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    state["tracker"] = {name: value.clone() for name, value in get_cuda_rng_tracker().get_states().items()}
+    # A tracker for CUDA graphs has generators in place of their states.
+    state["tracker"] = {
+        name: convert_cuda_rng_state(value).clone() for name, value in get_cuda_rng_tracker().get_states().items()
+    }
     return state
 
 
@@ -31,7 +34,14 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states({name: value.clone() for name, value in state["tracker"].items()})
+    tracker, told = get_cuda_rng_tracker(), state["tracker"]
+    there = tracker.get_states()
+    if any(isinstance(value, torch.Generator) for value in there.values()):
+        # Graphs and attention hold these very objects.
+        for name, value in told.items():
+            there[name].set_state(value)
+    else:
+        tracker.set_states({name: value.clone() for name, value in told.items()})
 
 
 def rank_file(folder: Path, rank: int) -> Path:

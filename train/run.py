@@ -29,6 +29,7 @@ from train.data.sample_order import Blend, SampleOrder
 from train.data.stream import DataStream, phases_of
 from train.evaluation import Evaluated, Evaluation, evaluate, open_evaluation
 from train.expansion import expand
+from train.graphs import capture_when_due, drop_graphs
 from train.guard import Guard, refuse_tripped, watch
 from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
 from train.hf.start import begin
@@ -340,6 +341,7 @@ class Run:
                 if self.expansion_due():
                     with named("the switch"):
                         expand(self)
+                capture_when_due(self)
                 with self.profiler.step(self.step + 1):
                     stopping = self._one_step()
                 self._evaluate_if_due()
@@ -440,6 +442,7 @@ class Run:
     def _finish(self, reason: str) -> str:
         self.profiler.end()
         self.watchdog.begin("the end of the run")
+        drop_graphs(self, "the end of the run")
         self.persistence.settle()
         if self.step and (self.settings.checkpoint.save_final or reason != "finished"):
             self.persistence.save_unless_saved()
@@ -460,6 +463,9 @@ class Run:
         self.console.close()
         self.profiler.abandon()
         self.persistence.abandon()
+        if hasattr(self, "stage") and self.stage.graphs is not None:
+            # Before their communicators are.
+            self.stage.graphs.abandon()
         self.tracker.close()
         if hasattr(self, "data"):
             self.data.close()

@@ -5,7 +5,7 @@ next. What outlives stages (data, files, trackers) lives in `train/run.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from model.choices import Choice
 from model.family_routing import install_family_routing
 from model.load import ExpertLoad, count_exactly
 from parallel.compat import forget_models
+from parallel.graphs import LayerGraphs
 from parallel.layout import Layout
 from parallel.optimizer_state import use_fused_update
 from train.acceleration import accelerated
 from train.config import RunSettings
+from train.data.batches import micro_batches
 from upcycle.optimizer_rules import rewarm_factor
 from upcycle.plan import last_growth
 
@@ -56,6 +58,7 @@ class Stage(Network):
         scheduler: learning rate and weight decay over optimizer steps.
         load: tokens per expert since the last reading.
         choices: what was decided for the machine, and why.
+        graphs: CUDA graphs of its layers; None where none are wanted.
     """
 
     number: int
@@ -64,6 +67,7 @@ class Stage(Network):
     scheduler: OptimizerParamScheduler
     load: ExpertLoad
     choices: tuple[Choice, ...] = ()
+    graphs: LayerGraphs | None = None
 
     def moe_parts(self) -> list[MoEPart]:
         """MoE layers on this rank."""
@@ -80,7 +84,9 @@ class Stage(Network):
                 chunk.start_param_sync(force_sync=True)
 
     def release_gradients(self) -> None:
-        """Free the gradient buffers; `restore_gradients` brings them back, zeroed."""
+        """Free the gradient buffers; `restore_gradients` brings them back elsewhere, zeroed. Graphs that know them go."""
+        if self.graphs is not None:
+            self.graphs.drop()
         for chunk in self.wrapped:
             chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
 
@@ -91,6 +97,10 @@ class Stage(Network):
 
     def release(self) -> None:
         """Drop every reference this object holds, so that memory is free before the next stage is built."""
+        if self.graphs is not None:
+            self.graphs.drop()
+            self.graphs.abandon()
+            self.graphs = None
         self.load.remove()
         # mcore's modules keep tensors of the last step's graph, and hooks on it that lead back to them: a cycle through
         # autograd, which Python's collector cannot see. The model would stay for ever, and its process groups with it.
@@ -172,6 +182,17 @@ def build_stage(
     )
     use_fused_update(optimizer)
     _bind(config, wrapped, optimizer, settings)
+    graphs = None
+    if settings.performance.cuda_graphs == "attention":
+        graphs = LayerGraphs.of(
+            wrapped,
+            config,
+            optimizer,
+            sequence_length=settings.data.sequence_length,
+            micro_batch_size=settings.data.micro_batch_size,
+            micro_batches=micro_batches(settings.data, layout),
+            device=layout.device,
+        )
     return Stage(
         number=number,
         num_experts=num_experts,
@@ -181,6 +202,7 @@ def build_stage(
         scheduler=build_scheduler(settings, optimizer, number, schedule_begins),
         load=ExpertLoad(moe_parts(chunks), settings.model.moe_layer_numbers(), num_experts, layout.device),
         choices=choices,
+        graphs=graphs,
     )
 
 
@@ -199,6 +221,8 @@ def build_network(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
+    # Graphs are of training alone, and what is only evaluated may be where none can be.
+    settings = replace(settings, performance=replace(settings.performance, cuda_graphs="none"))
     settings, _ = _on_this_machine(settings, layout, plans)
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=True)
     return Network(chunks=chunks, wrapped=[_in_precision(settings, chunk) for chunk in chunks])

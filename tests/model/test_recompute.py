@@ -115,7 +115,7 @@ def test_grouped_experts_keep_less_in_both_layouts_and_under_families() -> None:
             "cannot compute again alone: use model.experts=grouped",
         ),
         ({"mcore": {"recompute_granularity": "full"}}, "mcore.recompute_granularity=full has a key of its own: use model.recompute,"),
-        ({"mcore": {"cuda_graph_impl": "local"}}, "model.mcore.cuda_graph_impl=local: CUDA graphs are not supported"),
+        ({"mcore": {"cuda_graph_impl": "local"}}, "cuda_graph_impl=local: CUDA graphs have a key of their own"),
         ({"mcore": {"enable_cuda_graph": True}}, "leave model.mcore.enable_cuda_graph out"),
     ],
 )  # fmt: skip
