@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -212,14 +213,13 @@ def _replayable(layers: tuple[Any, ...], samples: Any, **options: Any) -> tuple[
     return tuple(made)
 
 
-def _run(overrides: list[str]) -> list[tuple[int, bool]]:
-    """A whole run with mcore's helper: how often each graph was replayed, and whether it was given up."""
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[list[_Replay]]:
+    """Whole runs with mcore's helper, inside; yields what stands for their graphs."""
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads
     from megatron.core.transformer import cuda_graphs
     from megatron.core.transformer.moe import moe_utils
-
-    from tests.train.trainer import train_here
 
     made: list[_Replay] = []
 
@@ -240,6 +240,14 @@ def _run(overrides: list[str]) -> list[tuple[int, bool]]:
         enter(mock.patch("train.job.wants_graphs", return_value=False))
         enter(mock.patch("model.graphs._obstacle", return_value=None))
         enter(mock.patch.object(cuda_graphs, "make_graphed_callables", capture))
+        yield made
+
+
+def _run(overrides: list[str]) -> list[tuple[int, bool]]:
+    """How often each graph of a run was replayed, and whether it was given up."""
+    from tests.train.trainer import train_here
+
+    with _on_cpu() as made:
         train_here(overrides)
     return [(replay.calls, replay.over) for replay in made]
 
@@ -277,3 +285,24 @@ def test_a_run_with_a_switch_is_the_same_bit_for_bit(
     captured = events(tmp_path / "attention", "graphs_captured")
     assert [(e["step"], e["details"]["stage"]) for e in captured] == [(3, 0), (8, 1)]
     assert [e["details"]["graphs"] for e in captured] == [ranks * graphs // 2] * 2
+
+
+def _rows_of_gpu_check(folder: str) -> list[dict[str, Any]]:
+    from benchmarks.gpu import graphs
+    from benchmarks.gpu.rows import corpus
+
+    small = graphs._SMALL
+    with _on_cpu(), mock.patch("train.job._report"), mock.patch.object(graphs, "_LARGE", small):
+        prefix = corpus(Path(folder))
+        losses, seconds, events = graphs._run(Path(folder), "without", prefix, small)
+        assert not any(events.values())
+        return list(graphs._beside(losses, seconds, Path(folder), prefix))
+
+
+def test_the_rows_of_gpu_check(tmp_path: Path) -> None:
+    [rows] = run_distributed(_rows_of_gpu_check, 1, str(tmp_path))
+    assert all(row["met"] for row in rows if row["check"])
+    found = {row["name"]: row["value"] for row in rows}
+    assert found["stages with graphs, and how many"] == "[(0, 2), (1, 2)]"
+    assert found["losses with graphs behind a live switch, largest difference to those without"] == 0
+    assert found["stage 1: captured in"] > 0
