@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from parallel.cpu_runtime import install_cpu_runtime
 from parallel.errors import CheckpointError, ConfigError
 from parallel.installed import installed
+from parallel.many_tensors import use_many_at_once
 from parallel.safe_pickle import IndexReader, load_plain, read_index, unreadable
 from parallel.transformer_engine import refuse_unusable
 
@@ -121,6 +122,7 @@ def prepare_megatron() -> None:
     if not isinstance(multi_latent_attention.TELinear, type):
         # Its import of TE's wrappers succeeds without TE, and it asks isinstance() of a stand-in: every MLA layer fails.
         multi_latent_attention.HAVE_TE = False
+    use_many_at_once()
 
 
 # Warnings that mcore's use of torch provokes (attributed to torch's files, or to the CPU runtime's).
