@@ -66,25 +66,27 @@ def optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout, *, lo
     return trees
 
 
-def _saved_optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout) -> list[Any]:
-    """`optimizer_state` to be saved, where every data rank writes the ranges of its own.
+def _own_optimizer_state(optimizer: Any, model: dict[str, Any], layout: Layout, *, loading: bool) -> list[Any]:
+    """`optimizer_state` where every data rank writes, or reads, the ranges of its own.
 
     mcore collects masters and moments of all data ranks on each of them first; that takes three copies of the model and
-    most of the time of a save. A range of a parameter is a few boxes of its tensor, and checkpoints are made of boxes.
+    most of the time of a save. To load, it has every rank read all of them into host memory, and lets Transformer Engine's
+    Adam make its moments a second time beside the first. A range of a parameter is a few boxes of its tensor, and
+    checkpoints are made of boxes.
     """
     owned = [single for single in chained(optimizer) if isinstance(single, DistributedOptimizer)]
     if not owned:
-        return optimizer_state(optimizer, model, layout, loading=False)
+        return optimizer_state(optimizer, model, layout, loading=loading)
     of_parameter: dict[int, list[tuple[ShardedTensor, tuple[int, ...], int]]] = {}
     for _, leaf in sharded_leaves(model):
         parts = _parts(leaf)
         if parts is None:
-            return optimizer_state(optimizer, model, layout, loading=False)
+            return optimizer_state(optimizer, model, layout, loading=loading)
         of_parameter[id(leaf.data)] = parts
     trees: list[Any] = []
     for single in chained(optimizer):
         if single not in owned:
-            trees += optimizer_state(single, model, layout, loading=False)
+            trees += optimizer_state(single, model, layout, loading=loading)
             continue
         boxes: list[ShardedTensor] = []
         for view in optimizer_views(single):
@@ -202,7 +204,7 @@ def begin_save_tensors(
         CheckpointError: if the folder cannot be written.
     """
     state = model_state(chunks, layout)
-    state["optimizer"] = _flatten(_saved_optimizer_state(optimizer, dict(state), layout))
+    state["optimizer"] = _flatten(_own_optimizer_state(optimizer, dict(state), layout, loading=False))
     return begin_save(state, str(directory), parallel_group=layout.groups.dp_cp, copy=copy, known=known)
 
 
@@ -233,12 +235,13 @@ def load_tensors(
     Raises:
         CheckpointError: naming the first key that the checkpoint lacks or that this model does not know.
     """
-    # First, because mcore's way of allocating is a step: it may move masters, and in fp32 the weights with them.
     allocate_state(optimizer)
     request = model_state(chunks, layout)
     trees: list[Any] = []
+    memory: dict[int, list[torch.Tensor]] = {}
     if with_optimizer:
-        trees = optimizer_state(optimizer, dict(request), layout, loading=True)
+        trees = _own_optimizer_state(optimizer, dict(request), layout, loading=True)
+        memory = {i: [box.data for box in tree] for i, tree in enumerate(trees) if isinstance(tree, list)}
         request["optimizer"] = _flatten(trees)
     loaded, missing, unexpected = load_sharded(request, str(directory), strict=False)
     plain_fp32 = all(isinstance(single, FP32Optimizer) for single in chained(optimizer))
@@ -252,8 +255,13 @@ def load_tensors(
         return
     _write_back(trees, loaded["optimizer"])
     forget_step(optimizer)
-    for single, tree in zip(chained(optimizer), trees, strict=True):
-        if isinstance(single, DistributedOptimizer):
+    for i, (single, tree) in enumerate(zip(chained(optimizer), trees, strict=True)):
+        if i in memory:
+            for own, tensor in zip(memory[i], tree, strict=True):
+                # Read into its place already, as a rule.
+                if own.data_ptr() != tensor.data_ptr():
+                    own.copy_(tensor)
+        elif isinstance(single, DistributedOptimizer):
             # Its load_state_dict would put one shared step tensor into every state; this reads tensors only.
             single.load_parameter_state_from_fully_reshardable(tree["param_state"])
         else:

@@ -103,16 +103,14 @@ def _distributed_views(single: DistributedOptimizer) -> Iterator[OptimizerView]:
 
 
 def allocate_state(optimizer: Any) -> None:
-    """Make Adam's tensors exist, so that a checkpoint can be loaded into a fresh optimizer.
+    """Make Adam's tensors exist, with unset values, so that a checkpoint can be loaded into a fresh optimizer.
 
-    mcore's way is a step on zero gradients; whatever it does to masters and moments is overwritten by the load.
+    mcore's own way is a step on zero gradients, which have to be allocated too, and which may move masters.
     """
-    for single in chained(optimizer):
-        if not single.optimizer.state:
-            if isinstance(single, DistributedOptimizer):
-                single._init_optimizer_states_with_dummy_values()
-            else:
-                single.init_state_fn(single.optimizer, single.config)
+    for view in optimizer_views(optimizer):
+        for name in MOMENTS:
+            view.moment(name)
+    set_step(optimizer, 0)
 
 
 def has_moments(optimizer: Any) -> bool:

@@ -239,9 +239,12 @@ class Persistence:
     def load_stage(self, tensors: Path, optimizer_step: int, with_optimizer: bool = True) -> None:
         """Fill the current stage's model and optimizer from a folder of tensors."""
         stage = self.run.stage
+        # What is read for a while takes less room than the gradients.
+        stage.release_gradients()
         load_tensors(
             tensors, stage.chunks, stage.optimizer, self.layout, step=optimizer_step, with_optimizer=with_optimizer
         )
+        stage.restore_gradients()
 
     def verify(self, path: Path, manifest: Manifest) -> None:
         """Compare what was loaded with the fingerprints taken at the save.
