@@ -50,8 +50,14 @@ def held_bytes(device: torch.device) -> int:
     """Bytes that torch holds of a GPU once what it only keeps for later is given back; 0 on CPU."""
     if device.type != "cuda":
         return 0
-    torch.cuda.empty_cache()
+    empty_cache(device)
     return int(torch.cuda.memory_reserved(device))
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back the blocks that torch keeps cached on a GPU: NCCL and kernels' libraries allocate past torch."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def refuse_too_few(devices: int, local_rank: int, local_processes: int) -> None:

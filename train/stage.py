@@ -4,6 +4,7 @@
 next. What outlives stages (data, files, trackers) lives in `train/run.py`.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from model.choices import Choice
 from model.family_routing import install_family_routing
 from model.load import ExpertLoad, count_exactly
 from parallel.compat import forget_models
+from parallel.devices import empty_cache
+from parallel.gradients import NoGradientsYet, release, require_stand_ins, restore
 from parallel.graphs import LayerGraphs
 from parallel.layout import Layout
 from parallel.optimizer_state import use_fused_update
@@ -88,12 +91,12 @@ class Stage(Network):
         if self.graphs is not None:
             self.graphs.drop()
         for chunk in self.wrapped:
-            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+            release(chunk)
 
     def restore_gradients(self) -> None:
-        """Allocate the gradient buffers again."""
+        """Allocate the gradient buffers again, or for the first time in a blank stage."""
         for chunk in self.wrapped:
-            chunk.restore_grad_buffers(synchronize=False)
+            restore(chunk)
 
     def release(self) -> None:
         """Drop every reference this object holds, so that memory is free before the next stage is built."""
@@ -131,7 +134,8 @@ def build_stage(
         vocab_size: tokens of the tokenizer.
         plans: of the stages up to this one, as dicts; the last expansion's families route together in exact mode.
         schedule_begins: step of the run from which the schedule counts.
-        blank: leave weights and masters unset, to be filled from another stage; no rank talks to another then.
+        blank: leave weights and masters unset, to be filled from another stage; no rank talks to another then, and
+            gradients have no memory until `restore_gradients`.
 
     Raises:
         ConfigError: if mcore refuses the combination.
@@ -144,24 +148,28 @@ def build_stage(
     options = settings.optimizer
     if blank and options.distributed:
         _let_go_of_weights(chunks)
+        empty_cache(layout.device)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=options.distributed,
         overlap_grad_reduce=options.overlap_grad_reduce is True,
         overlap_param_gather=options.overlap_param_gather is True,
     )
-    wrapped = [
-        DistributedDataParallel(
-            config=config,
-            ddp_config=ddp,
-            module=_in_precision(settings, chunk),
-            disable_bucketing=index > 0,
-        )
-        for index, chunk in enumerate(chunks)
-    ]
+    with NoGradientsYet(options.distributed) if blank else contextlib.nullcontext():
+        wrapped = [
+            DistributedDataParallel(
+                config=config,
+                ddp_config=ddp,
+                module=_in_precision(settings, chunk),
+                disable_bucketing=index > 0,
+            )
+            for index, chunk in enumerate(chunks)
+        ]
     count_exactly(moe_parts(chunks))
-    if not blank:
-        for chunk in wrapped:
+    for chunk in wrapped:
+        if blank:
+            require_stand_ins(chunk)
+        else:
             chunk.broadcast_params()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

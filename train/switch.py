@@ -19,6 +19,7 @@ import torch
 from model.fingerprint import take_fingerprints
 from model.holdings import describe_stage
 from model.sharded_state import expert_keys
+from parallel.devices import empty_cache
 from parallel.errors import ExpansionError
 from parallel.host_memory import refuse_too_little
 from parallel.layout import Layout
@@ -120,8 +121,8 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         if options.offload:
             refuse_too_little(old.host_bytes(), socket.gethostname(), run.layout)
     with clock.act("rebuild"):
-        # The order keeps the peak low: first everything goes that the new stage does not need, and the new stage has no
-        # gradients until the old one is gone.
+        # The order keeps the peak low: first everything goes that the new stage does not need, and the new stage gets no
+        # gradients until the old one is gone. Blocks that torch keeps cached are given back, for those who allocate past it.
         run.stage.release_gradients()
         if options.offload:
             what = "moving the old stage to host memory"
@@ -130,12 +131,12 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         number, plans = run.stage.number + 1, [*run.plans, plan.to_dict()]
         run.stage.release()
         gc.collect()
+        empty_cache(run.layout.device)
         layout = run.enter_layout(number)
         with layout.together("building the next stage"), _out_of_memory_explained("building the next stage"):
             run.stage = build_stage(
                 run.settings, number, layout, run.vocab_size, plans, schedule_begins=run.schedule_begins, blank=True
             )
-            run.stage.release_gradients()
             new = describe_stage(run.stage.chunks, run.stage.optimizer, layout, moments=moments)
     with clock.act("move"):
         old.free_as_it_goes()
@@ -143,6 +144,7 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
         with _out_of_memory_explained("moving the training state"):
             moved = move_state(old, new, plan, experts, layout, chunk_bytes=chunk_bytes)
         del old
+        empty_cache(layout.device)
         with layout.together("completing the next stage"), _out_of_memory_explained("completing the next stage"):
             add_bias_noise(run.stage.chunks, plan)
             set_step(run.stage.optimizer, step)
@@ -210,6 +212,7 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
         with clock.act("rebuild"):
             run.stage.release()
             gc.collect()
+            empty_cache(run.layout.device)
             layout = run.enter_layout(number)
             run.stage = build_stage(
                 run.settings, number, layout, run.vocab_size, plans, schedule_begins=run.schedule_begins
