@@ -19,7 +19,7 @@ import torch
 
 from parallel.transformer_engine import have_transformer_engine
 from tests.distributed import run_distributed
-from tests.model.test_te_modules import _SIZES, NETWORKS
+from tests.model.te import NETWORKS, SIZES
 
 pytestmark = [
     pytest.mark.requires_te,
@@ -60,7 +60,7 @@ def _found(network: dict[str, Any]) -> None:
     from parallel.graphs import LayerGraphs, _micro_batches
     from parallel.layout import Layout
 
-    layout, model = Layout.create(ParallelConfig(), seed=3), ModelConfig(**(_SIZES | network))
+    layout, model = Layout.create(ParallelConfig(), seed=3), ModelConfig(**(SIZES | network))
     with (
         mock.patch.object(build, "experts_kind", return_value="te"),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
@@ -122,7 +122,7 @@ def _accepted() -> int:
                     continue
                 more: dict[str, Any] = dict(recompute="selective", recompute_modules=modules) if modules else {}
                 at = Situation(
-                    model=ModelConfig(**(_SIZES | NETWORKS["gqa"] | more), dispatcher=dispatcher),
+                    model=ModelConfig(**(SIZES | NETWORKS["gqa"] | more), dispatcher=dispatcher),
                     performance=PerformanceConfig(cuda_graphs="attention", shared_expert_overlap=overlap),
                     overlap_grad_reduce="auto",
                     overlap_param_gather="auto",
