@@ -189,7 +189,10 @@ class LayerGraphs:
             torch.OutOfMemoryError: if there is no room.
             RuntimeError, AssertionError: of torch, Transformer Engine and mcore, where something cannot be captured.
         """
-        before, began = held_bytes(self._device), time.perf_counter()
+        began = time.perf_counter()
+        # What the capture itself collects is not to count against it.
+        gc.collect()
+        before = held_bytes(self._device)
         # Hooks that wait for weights on their way run in Python: none may be there during the capture, and a replay runs
         # none of those inside a layer, so mcore runs them by itself.
         hooked = [chunk for chunk in self._wrapped if chunk.ddp_config.overlap_param_gather]

@@ -19,13 +19,13 @@ import torch
 
 from parallel.transformer_engine import have_transformer_engine
 from tests.distributed import run_distributed
-from tests.model.te import NETWORKS, SIZES
+from tests.model import te
 
 pytestmark = [
     pytest.mark.requires_te,
     pytest.mark.skipif(not have_transformer_engine(), reason="needs Transformer Engine"),
 ]
-_GRAPHED = [name for name in NETWORKS if name != "mla"]
+_GRAPHED = [name for name in te.NETWORKS if name != "mla"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def _found(network: dict[str, Any]) -> None:
     from parallel.graphs import LayerGraphs, _micro_batches
     from parallel.layout import Layout
 
-    layout, model = Layout.create(ParallelConfig(), seed=3), ModelConfig(**(SIZES | network))
+    layout, model = Layout.create(ParallelConfig(), seed=3), ModelConfig(**(te.SIZES | network))
     with (
         mock.patch.object(build, "experts_kind", return_value="te"),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
@@ -101,7 +101,7 @@ def _found(network: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", _GRAPHED)
 def test_mcore_finds_the_attention_of_every_layer_and_nothing_else(name: str) -> None:
-    run_distributed(_found, 1, NETWORKS[name])
+    run_distributed(_found, 1, te.NETWORKS[name])
 
 
 def _accepted() -> int:
@@ -122,7 +122,7 @@ def _accepted() -> int:
                     continue
                 more: dict[str, Any] = dict(recompute="selective", recompute_modules=modules) if modules else {}
                 at = Situation(
-                    model=ModelConfig(**(SIZES | NETWORKS["gqa"] | more), dispatcher=dispatcher),
+                    model=ModelConfig(**(te.SIZES | te.NETWORKS["gqa"] | more), dispatcher=dispatcher),
                     performance=PerformanceConfig(cuda_graphs="attention", shared_expert_overlap=overlap),
                     overlap_grad_reduce="auto",
                     overlap_param_gather="auto",
@@ -179,7 +179,7 @@ def test_growing_segments_are_refused_in_mcores_words() -> None:
 
 def _unprepared() -> None:
     os.environ |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "1"}
-    _found(NETWORKS["gqa"])
+    _found(te.NETWORKS["gqa"])
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -216,10 +216,7 @@ def _replayable(layers: tuple[Any, ...], samples: Any, **options: Any) -> tuple[
 @contextlib.contextmanager
 def _on_cpu() -> Iterator[list[_Replay]]:
     """Whole runs with mcore's helper, inside; yields what stands for their graphs."""
-    from megatron.core import optimizer, utils
-    from megatron.core.optimizer import clip_grads
     from megatron.core.transformer import cuda_graphs
-    from megatron.core.transformer.moe import moe_utils
 
     made: list[_Replay] = []
 
@@ -230,13 +227,7 @@ def _on_cpu() -> Iterator[list[_Replay]]:
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        # Its Adam, norms and products have no CPU kernels, its generators need a device.
-        enter(mock.patch.multiple(optimizer, Adam=torch.optim.AdamW, USING_PYTORCH_OPTIMIZER=True, create=True))
-        for module in (clip_grads, optimizer.optimizer):
-            enter(mock.patch.object(module, "multi_tensor_applier", utils.local_multi_tensor_applier))
-            enter(mock.patch.object(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale))
-        enter(mock.patch.object(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm))
-        enter(mock.patch.object(moe_utils, "te_general_gemm", None))
+        # Its generators need a device.
         enter(mock.patch("train.job.wants_graphs", return_value=False))
         enter(mock.patch("model.graphs._obstacle", return_value=None))
         enter(mock.patch.object(cuda_graphs, "make_graphed_callables", capture))
@@ -264,6 +255,8 @@ _OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gathe
         (2, _OVERLAP, ", parallel: {expert: 2}", 4, 4),
         # A layer per rank, with a graph for each of four micro-batches.
         (2, ["parallel.pipeline=2"], "", 8, 2),
+        # Half of the sequence per rank.
+        (2, ["parallel.tensor=2"], "", 4, 8),
     ],
 )
 def test_a_run_with_a_switch_is_the_same_bit_for_bit(
