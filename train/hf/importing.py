@@ -17,10 +17,9 @@ from model.hf.registry import family_of
 from model.hf.source import PublishedModel, carry_over
 from parallel.compat import mark_complete, versions
 from parallel.stream_files import TensorWriter, first_element, pieces
-from train.checkpoint.files import digests, file_names, seal
 from train.checkpoint.folder import Manifest, need_space
 from train.config import RunSettings
-from train.offline.files import staged
+from train.offline.files import seal_alone, staged
 from train.run_files import PUBLISHED as KEPT
 from train.schema.run import RunConfig
 from train.settings import settings_to_dict
@@ -80,7 +79,7 @@ def import_published(
             versions=versions(),
             imported={"source": str(source.absolute()), "family": family.model_type},
         )
-        seal(staging, manifest, digests(staging, file_names(staging)))
+        seal_alone(staging, manifest)
     return manifest
 
 

@@ -24,13 +24,13 @@ from parallel.config import ParallelConfig
 from parallel.errors import CheckpointError, ConfigError, ExpansionError
 from parallel.layout import Layout, join_job, leave_job
 from parallel.optimizer_ages import OptimizerAges
-from train.checkpoint.files import digests, file_names, is_sealed, seal, wrong_files
+from train.checkpoint.files import is_sealed, wrong_files
 from train.checkpoint.folder import Manifest, list_checkpoints, need_space, read_manifest
 from train.config import RunSettings
 from train.data.stream import open_corpora
 from train.expansion import Amounts, decide, measure, wants_batches
 from train.guard import held_from
-from train.offline.files import carry_over_files, staged
+from train.offline.files import carry_over_files, seal_alone, staged
 from train.run import Run
 from train.settings import explain, settings_from_dict
 from train.switch import aged
@@ -347,7 +347,7 @@ def expand_offline(
             ages=ages.to_dict(),
             guard=None,
         )
-        seal(staging, manifest, digests(staging, file_names(staging)))
+        seal_alone(staging, manifest)
     return manifest
 
 

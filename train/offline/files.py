@@ -4,7 +4,7 @@ with staged(output) as staging:
     need_space(staging, size, ..., output=output)
     ...                                   # write tensors/ into it
     carry_over_files(source, manifest.files, staging)
-    seal(staging, manifest, ...)
+    seal_alone(staging, manifest)
 """
 
 import contextlib
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
-from train.checkpoint.files import digests
+from train.checkpoint.files import digests, file_names, seal
+from train.checkpoint.folder import Manifest
 
 
 @contextlib.contextmanager
@@ -70,3 +71,13 @@ def carry_over_files(
     for name in names:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, staging / name)
+
+
+def seal_alone(staging: Path, manifest: Manifest) -> None:
+    """Seal a checkpoint that one process has written: it takes the digest of every file itself.
+
+    Args:
+        staging: of the new checkpoint, with all of its files.
+        manifest: of the new checkpoint.
+    """
+    seal(staging, manifest, digests(staging, file_names(staging)))

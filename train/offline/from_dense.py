@@ -13,11 +13,10 @@ from typing import Any
 from model.hf.source import CONFIG
 from parallel.errors import ConfigError
 from parallel.optimizer_ages import OptimizerAges
-from train.checkpoint.files import digests, file_names, seal
 from train.checkpoint.folder import Manifest, need_space
 from train.config import RunSettings
 from train.offline.expand import read_source, settings_of
-from train.offline.files import carry_over_files, staged
+from train.offline.files import carry_over_files, seal_alone, staged
 from train.run_files import PUBLISHED
 from train.settings import settings_to_dict
 from train.start import model_identity
@@ -176,5 +175,5 @@ def make_from_dense(
             guard=None,
             config=settings_to_dict(source.settings),
         )
-        seal(staging, manifest, digests(staging, file_names(staging)))
+        seal_alone(staging, manifest)
     return manifest
