@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -23,6 +21,14 @@ from model.attention import LatentDotProductAttention
 from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
 from model.graphs import WARMUP_STEPS
+from model.mcore_values import (
+    expert_values,
+    latent_values,
+    layout_values,
+    network_values,
+    precision_values,
+    unset_values,
+)
 from model.norm import AllKeysNorm, AllQueriesNorm, CoppiceNorm
 from model.performance import PerformanceConfig
 from parallel.compat import (
@@ -32,18 +38,13 @@ from parallel.compat import (
     layer_submodules,
     make_transformer_config,
     norms_uncompressed_queries,
+    refuse_unknown_fields,
     use_experts,
 )
 from parallel.errors import ConfigError
 from parallel.layout import Layout
 from parallel.transformer_engine import have_transformer_engine
 
-_ACTIVATIONS: dict[str, tuple[Any, bool]] = {
-    "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-    "gelu": (F.gelu, False),
-    "squared_relu": (squared_relu, False),
-}
 # Under latent attention mcore's specs for Transformer Engine make norms part of the linear layers after them, and call them
 # otherwise in checkpoints than its torch specs do. Ours have the torch names, whatever computes them.
 _LATENT_NORM_KEYS = {
@@ -51,8 +52,6 @@ _LATENT_NORM_KEYS = {
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-# Loss-free balancing may be helped by a small loss per sequence (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-_BALANCING = {"loss_free": "seq_aux_loss"}
 
 
 def experts_kind(model: ModelConfig) -> str:
@@ -70,6 +69,22 @@ def experts_kind(model: ModelConfig) -> str:
     if model.experts == "auto":
         return "te" if te else "grouped"
     return model.experts
+
+
+def _config_class(model: ModelConfig) -> type[TransformerConfig]:
+    return MLATransformerConfig if model.attention == "mla" else TransformerConfig
+
+
+def check_passed_on(model: ModelConfig) -> None:
+    """Refuse fields in `model.mcore` that this mcore does not have.
+
+    Raises:
+        ConfigError: naming the field and the nearest known one.
+    """
+    try:
+        refuse_unknown_fields(_config_class(model), model.mcore)
+    except ConfigError as e:
+        raise ConfigError(f"model.mcore: {e}") from None
 
 
 def transformer_config(
@@ -93,8 +108,47 @@ def transformer_config(
     Raises:
         ConfigError: if mcore refuses a combination, in mcore's words.
     """
+    kind = experts_kind(model)
+    _refuse_here(model, layout, kind)
+    performance = performance or PerformanceConfig()
+    values = (
+        network_values(model)
+        | precision_values(precision)
+        | layout_values(layout)
+        | latent_values(model)
+        | expert_values(model, num_experts, kind == "te")
+        | choices.mcore_fields(model, performance)
+        | recompute.mcore_fields(model, kind)
+        | fp8.mcore_fields(model)
+    )
+    if not initialise:
+        values |= unset_values()
+    if performance.cuda_graphs == "attention":
+        values |= graph_fields(WARMUP_STEPS)
+    try:
+        # What a user passes on comes last.
+        config = make_transformer_config(_config_class(model), **(values | model.mcore))
+    except TypeError as e:
+        if not model.mcore:
+            raise
+        raise ConfigError(f"megatron-core can make nothing of model.mcore={model.mcore}: {e}") from None
+    recompute.tell_experts(config, model)
+    return config
+
+
+def _refuse_here(model: ModelConfig, layout: Layout, kind: str) -> None:
+    """Refuse what this machine, its libraries or the layout cannot do.
+
+    Args:
+        model: the network.
+        layout: parallel sizes and the device.
+        kind: the expert module in use.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
     parallel = layout.config
-    if parallel.context > 1 and experts_kind(model) != "te":
+    if parallel.context > 1 and kind != "te":
         raise ConfigError(
             f"parallel.context={parallel.context} needs the attention of Transformer Engine on a GPU: install it "
             "(docs/gpu.md) or use parallel.context=1"
@@ -110,7 +164,7 @@ def transformer_config(
             "published model does: use mcore 0.16, or a query rank"
         )
     if model.fp8 != "none":
-        if experts_kind(model) != "te":
+        if kind != "te":
             raise ConfigError(
                 f"model.fp8={model.fp8} needs Transformer Engine and a CUDA device: install both (docs/gpu.md), and use "
                 "model.experts=auto, or use model.fp8=none"
@@ -118,110 +172,7 @@ def transformer_config(
         fp8.check_device(
             model.fp8, model.fp8_recipe, torch.cuda.get_device_capability(layout.device), torch.cuda.get_device_name()
         )
-    recompute.check_modules(model, experts_kind(model), can_discard_outputs())
-    activation, gated = _ACTIVATIONS[model.activation]
-    bf16 = precision == "bf16"
-    te = experts_kind(model) == "te"
-    values: dict[str, Any] = dict(
-        num_layers=model.layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.attention_heads,
-        num_query_groups=model.kv_heads,
-        kv_channels=model.head_dim,
-        qk_layernorm=model.qk_norm,
-        normalization=model.normalization,
-        layernorm_epsilon=model.norm_epsilon,
-        activation_func=activation,
-        gated_linear_unit=gated,
-        add_bias_linear=model.linear_bias,
-        add_qkv_bias=model.qkv_bias,
-        init_method_std=model.init_std,
-        hidden_dropout=model.dropout,
-        attention_dropout=model.dropout,
-        bias_activation_fusion=torch.cuda.is_available() and model.activation == "swiglu",
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.interleaved(),
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-        sequence_parallel=layout.sequence_parallel,
-    )
-    if not initialise:
-        # Not by perform_initialization, which would leave out the tensor-parallel marks of the weights as well.
-        values |= dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave_unset)
-    if parallel.interleaved():
-        # With two pipeline ranks both neighbours are the same rank, and one batch of sends and receives would mix up
-        # activations and gradients: mcore then trains on garbage without an error.
-        values |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
-    if model.attention == "mla":
-        values |= dict(
-            q_lora_rank=model.mla_query_rank,
-            kv_lora_rank=model.mla_kv_rank,
-            qk_head_dim=model.mla_head_dim,
-            qk_pos_emb_head_dim=model.mla_rope_head_dim,
-            v_head_dim=model.mla_value_head_dim,
-            rope_type="rope",
-            rotary_base=model.rope_base,
-        )
-        if model.rope_scaling == "yarn":
-            values |= dict(
-                rope_type="yarn",
-                rotary_scaling_factor=model.rope_scaling_factor,
-                original_max_position_embeddings=model.rope_original_length,
-                mscale=model.rope_mscale,
-                mscale_all_dim=model.rope_mscale_all_dim,
-            )
-    if num_experts:
-        values |= _moe_values(model, num_experts, te)
-    performance = performance or PerformanceConfig()
-    values |= choices.mcore_fields(model, performance)
-    if performance.cuda_graphs == "attention":
-        values |= graph_fields(WARMUP_STEPS)
-    values |= recompute.mcore_fields(model, experts_kind(model)) | fp8.mcore_fields(model) | model.mcore
-    cls = MLATransformerConfig if model.attention == "mla" else TransformerConfig
-    try:
-        config = make_transformer_config(cls, **values)
-    except (ValueError, AssertionError, NotImplementedError) as e:
-        raise ConfigError(f"megatron-core refuses this model: {' '.join(str(e).split()) or type(e).__name__}") from None
-    recompute.tell_experts(config, model)
-    return config
-
-
-def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
-    """An initialiser that draws nothing."""
-    return weight
-
-
-def _moe_values(model: ModelConfig, num_experts: int, te: bool) -> dict[str, Any]:
-    loss_free = model.balancing == "loss_free"
-    return dict(
-        num_moe_experts=num_experts,
-        moe_router_topk=model.top_k,
-        moe_ffn_hidden_size=model.expert_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=model.shared_expert_ffn_hidden_size,
-        moe_shared_expert_gate=model.shared_expert_gate,
-        moe_layer_freq=model.moe_layer_pattern(),
-        moe_router_score_function=model.router_score,
-        moe_router_pre_softmax=model.router_pre_softmax,
-        moe_router_num_groups=model.router_groups,
-        moe_router_group_topk=model.router_group_topk,
-        moe_router_topk_scaling_factor=model.router_scale,
-        moe_router_load_balancing_type=_BALANCING.get(model.balancing, model.balancing),
-        moe_aux_loss_coeff=0.0 if model.balancing == "none" else model.aux_loss_coeff,
-        moe_z_loss_coeff=model.z_loss_coeff,
-        moe_router_enable_expert_bias=loss_free,
-        moe_router_bias_update_rate=model.bias_update_rate,
-        moe_router_dtype="fp32",
-        moe_expert_capacity_factor=model.capacity_factor,
-        moe_grouped_gemm=te,
-    )
+    recompute.check_modules(model, kind, can_discard_outputs())
 
 
 def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:

@@ -21,7 +21,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -221,6 +221,27 @@ def forget_models() -> None:
         moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
+def refuse_unknown_fields(cls: type, fields: Mapping[str, Any]) -> None:
+    """Refuse fields that an mcore config of this version does not have.
+
+    Args:
+        cls: `TransformerConfig` or a subclass.
+        fields: by name.
+
+    Raises:
+        ConfigError: naming the field and the nearest known one.
+    """
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    for name in fields:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else "remove it"
+            version = importlib.metadata.version("megatron-core")
+            raise ConfigError(
+                f"{cls.__name__} of megatron-core {version} has no field {name}={fields[name]!r}: {remedy}"
+            )
+
+
 def make_transformer_config(cls: type[Config], **fields: Any) -> Config:
     """Builds an mcore config, naming what this mcore version does not know.
 
@@ -231,19 +252,12 @@ def make_transformer_config(cls: type[Config], **fields: Any) -> Config:
     Raises:
         ConfigError: a field is unknown, or mcore refuses the combination.
     """
-    known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for name in fields:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {nearest[0]}?" if nearest else "remove it"
-            version = importlib.metadata.version("megatron-core")
-            raise ConfigError(
-                f"{cls.__name__} of megatron-core {version} has no field {name}={fields[name]!r}: {remedy}"
-            )
+    refuse_unknown_fields(cls, fields)
     try:
         return cls(**fields)
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f"megatron-core refuses this model: {error}") from error
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"megatron-core refuses this model: {told}") from error
 
 
 def load_sharded(

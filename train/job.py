@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from model.build import check_passed_on
 from parallel.devices import out_of_memory
 from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
@@ -32,6 +33,7 @@ def run_settings(settings: RunSettings) -> str:
         CoppiceError: for anything a user can mend.
     """
     refuse_missing(settings.tracking)
+    check_passed_on(settings.model)
     corpora = open_inputs(settings)
     graphs = wants_graphs(settings)
     joined = join_job(settings.parallel.timeout_seconds, Path(settings.run.dir), graphs=graphs)

@@ -42,6 +42,16 @@ def test_a_field_with_a_key_is_refused_with_the_settings(override: str, message:
     load_settings(["model=tiny", "data.corpus=x", "+model.mcore.moe_input_jitter_eps=0.01"], 2)
 
 
+def test_a_field_that_mcore_has_not_is_refused_before_ranks_meet() -> None:
+    from model.build import check_passed_on
+
+    check_passed_on(model_config(mcore={"moe_input_jitter_eps": 0.01}))
+    with pytest.raises(
+        ConfigError, match=r"model\.mcore: .* has no field moe_input_jiter_eps=0\.01: did you mean moe_input_"
+    ):
+        check_passed_on(model_config(mcore={"moe_input_jiter_eps": 0.01}))
+
+
 def test_every_field_that_a_key_sets_is_listed() -> None:
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
