@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.footprint import checkpoint_bytes
-from launch.plan import vocabulary
+from launch.plan_inputs import vocabulary
 from launch.plan_tables import size
 from model.network import count, network_chunks
 from parallel.errors import CoppiceError, DataError

@@ -2,29 +2,28 @@
 
 `python -m launch plan --processes 1024 --gpu-memory-gib 80 model=deepseek_v3 ...` takes the settings of a run and needs
 neither GPU nor cluster nor corpus. All of it is arithmetic (`model/network.py`, `launch/footprint.py`) and the planner of
-the live switch (`launch/moves.py`); formulas and sources are in docs/planning.md.
+the live switch (`launch/moves.py`); formulas and sources are in docs/planning.md. What it prints is laid out in
+`plan_tables.py`.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from launch.footprint import SWITCH_BOUND, Footprint, checkpoint_bytes, footprint, switch_memory
 from launch.moves import Links, Traffic, switch_traffic
+from launch.plan_hints import first_of_pipeline, hints
+from launch.plan_inputs import attention_is_flash, data_table, settings_without_corpus, vocabulary
 from launch.plan_tables import as_text, spans
 from model.choices import Choice
 from model.config import padded_vocab_size
 from model.network import count, flops_per_token
 from parallel.config import ParallelConfig
-from parallel.errors import ConfigError, DataError
+from parallel.errors import ConfigError
 from parallel.machine import GPU_KINDS, LIBRARIES, Machine, named_machine
 from train.acceleration import accelerated, routes_in_families
 from train.config import RunSettings
-from train.settings import compose_settings, to_settings
 
 GIB = 2**30
 _LOW_ACTIVATION = (
@@ -92,77 +91,6 @@ def _number(option: str, text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"{option}={text} must be a number above zero")
     return value
-
-
-def settings_without_corpus(overrides: list[str], processes: int) -> RunSettings:
-    """The checked settings of a run that may not name a corpus yet, every stage with its step.
-
-    Raises:
-        ConfigError: naming the key, the value and the remedy.
-    """
-    settings = to_settings(compose_settings(overrides))
-    _check(settings, processes)
-    return settings.resolved()
-
-
-def _check(settings: RunSettings, processes: int) -> None:
-    """Check settings that may not name a corpus.
-
-    Raises:
-        ConfigError: naming the key, the value and the remedy.
-    """
-    if not settings.data.corpus and not settings.data.blend:
-        settings = replace(settings, data=replace(settings.data, corpus="none"))
-    settings.check(processes)
-
-
-def vocabulary(settings: RunSettings, given: int | None) -> tuple[int, str]:
-    """Tokens of the tokenizer, and who says so.
-
-    Raises:
-        DataError: if neither the command line nor a corpus does.
-    """
-    if given is not None:
-        return given, "--vocab-size"
-    # Here, because it imports the tokenizers.
-    from train.data.manifest import load_manifest
-
-    try:
-        manifest = load_manifest(settings.data.corpora()[0].prefix)
-    except (ConfigError, DataError) as e:
-        what = str(e).split(": build one")[0]
-        raise DataError(f"the size of the vocabulary is not known ({what}): give --vocab-size") from None
-    return manifest.vocab_size, f"corpus {manifest.prefix}"
-
-
-def data_table(settings: RunSettings, needed: bool) -> list[dict[str, Any]] | None:
-    """What the run reads, where its corpora are here.
-
-    Args:
-        settings: of the run, every stage with its step.
-        needed: whether to refuse a plan without its corpora.
-
-    Raises:
-        DataError: if a corpus is not there and needed, or all corpora are used up before the end of the run.
-    """
-    data = settings.data
-    if not data.corpus and not data.blend:
-        return None
-    listed = [part.prefix for parts in data.blends() for _, part in parts]
-    if not needed and not all(Path(f"{prefix}.json").is_file() for prefix in listed):
-        return None
-    # Here, because it loads torch and mcore.
-    from parallel.compat import quiet_megatron
-
-    quiet_megatron()
-    from train.data.stream import planned_table
-
-    return planned_table(settings)
-
-
-def attention_is_flash(settings: RunSettings, on_gpu: bool) -> bool:
-    """Whether attention keeps no scores: Transformer Engine's, which `auto` takes on GPUs that have it."""
-    return settings.model.experts == "te" or (settings.model.experts == "auto" and on_gpu)
 
 
 def make_plan(
@@ -287,7 +215,7 @@ def _stage(settings: RunSettings, number: int, processes: int, prints: Footprint
             "largest": _memory(prints, prints.largest),
             "smallest_rank": prints.smallest,
             "smallest": _memory(prints, prints.smallest),
-            "by_pipeline_rank": [_memory(prints, rank) for rank in _first_of_pipeline(parallel, processes)],
+            "by_pipeline_rank": [_memory(prints, rank) for rank in first_of_pipeline(parallel, processes)],
             "totals": [m.total for m in prints.ranks],
         },
         "experts_by_rank": _expert_table(prints, parallel, experts),
@@ -297,10 +225,6 @@ def _stage(settings: RunSettings, number: int, processes: int, prints: Footprint
 def _memory(prints: Footprint, rank: int) -> dict[str, int]:
     memory = prints.ranks[rank]
     return {**asdict(memory), "total": memory.total}
-
-
-def _first_of_pipeline(parallel: ParallelConfig, processes: int) -> range:
-    return range(0, processes, processes // parallel.pipeline)
 
 
 def _expert_table(prints: Footprint, parallel: ParallelConfig, experts: int) -> list[dict[str, Any]]:
@@ -363,94 +287,3 @@ def _traffic(moves: Traffic, links: Links) -> dict[str, Any]:
         "predicted_seconds": moves.seconds(links),
         "notes": moves.note,
     }
-
-
-# ---- what would fit --------------------------------------------------------------------------------------------------
-
-
-def hints(
-    settings: RunSettings, processes: int, vocab: int, flash: bool, limit_bytes: int, staging_bytes: int
-) -> Iterator[dict[str, Any]]:
-    """Single changes that bring the fullest rank under a limit, the smallest step of each; else how far each gets.
-
-    Yields:
-        The change, what the fullest rank would hold, and whether that fits.
-    """
-    for steps in _changes(settings):
-        best: dict[str, Any] | None = None
-        for text, changed in steps:
-            try:
-                _check(changed, processes)
-            except ConfigError:
-                continue
-            needed = needed_bytes(changed, processes, vocab, flash, staging_bytes)
-            if best is None or needed < best["needed_bytes"]:
-                best = {"change": text, "needed_bytes": needed, "fits": needed <= limit_bytes}
-            if needed <= limit_bytes:
-                break
-        if best is not None:
-            yield best
-
-
-def needed_bytes(settings: RunSettings, processes: int, vocab: int, flash: bool, staging_bytes: int) -> int:
-    """What the fullest rank holds in any stage or switch, looking at the first ranks of each pipeline rank.
-
-    The traffic of a switch is not planned again; its staging memory is taken from the plan as it was asked for.
-    """
-    number = len(settings.upcycle.stages) + 1
-    firsts = [_first_of_pipeline(settings.parallel_of(i), processes) for i in range(number)]
-    only = sorted({rank for ranks in firsts for rank in ranks})
-    prints = [footprint(settings, i, processes, vocab, flash=flash, only=only) for i in range(number)]
-    found = [p.ranks[p.largest].total for p in prints]
-    path, offload = settings.upcycle.path, settings.upcycle.offload
-    found += [switch_memory(a, b, path, staging_bytes, offload=offload).peak for a, b in pairwise(prints)]
-    return max(found)
-
-
-def _changes(settings: RunSettings) -> Iterator[Iterator[tuple[str, RunSettings]]]:
-    """Kinds of change, each from its smallest step on."""
-    if not settings.optimizer.distributed:
-        yield iter(
-            [("optimizer.distributed=true", replace(settings, optimizer=replace(settings.optimizer, distributed=True)))]
-        )
-    for name in ("expert", "tensor", "pipeline"):
-        yield (_scaled(settings, name, factor) for factor in (2, 4, 8, 16))
-    kinds = ("none", "selective", "full")
-    later = kinds[kinds.index(settings.model.recompute) + 1 :]
-    yield (
-        (
-            f"model.recompute={kind}",
-            replace(settings, model=replace(settings.model, recompute=kind, recompute_modules=[])),
-        )
-        for kind in later
-    )
-    if settings.model.recompute_method == "block":
-        every = replace(settings.model, recompute_method="uniform", recompute_layers=1)
-        yield iter([("model.recompute_method=uniform model.recompute_layers=1", replace(settings, model=every))])
-    size, smaller = settings.data.micro_batch_size, []
-    while size > 1:
-        size //= 2
-        smaller.append(size)
-    yield (
-        (f"data.micro_batch_size={n}", replace(settings, data=replace(settings.data, micro_batch_size=n)))
-        for n in smaller
-    )
-
-
-def _scaled(settings: RunSettings, name: str, factor: int) -> tuple[str, RunSettings]:
-    """One parallel size times a factor, in every stage that sets it."""
-    value = getattr(settings.parallel, name) * factor
-    stages, own = [], False
-    for stage in settings.upcycle.stages:
-        size = getattr(stage.parallel, name)
-        if size is not None:
-            own = True
-            stage = replace(stage, parallel=replace(stage.parallel, **{name: size * factor}))
-        stages.append(stage)
-    text = f"parallel.{name}={value}" + (f", and {factor} times that of the stages that set it" if own else "")
-    changed = replace(
-        settings,
-        parallel=replace(settings.parallel, **{name: value}),
-        upcycle=replace(settings.upcycle, stages=stages),
-    )
-    return text, changed

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch import checks
 from launch.checks import Check, RankFacts, guarded
-from launch.plan import settings_without_corpus
+from launch.plan_inputs import settings_without_corpus
 from parallel.errors import ConfigError, CoppiceError, LaunchError
 from parallel.installed import installed
 from train.config import RunSettings

@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from model.build import moe_parts
-from parallel.compat import OPTIMIZER_METADATA, load_sharded
+from parallel.compat import OPTIMIZER_METADATA
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 from parallel.optimizer_state import (
@@ -31,6 +31,7 @@ from parallel.optimizer_state import (
     set_step,
 )
 from parallel.regions import flat_boxes
+from parallel.sharded_load import load_sharded
 from parallel.sharded_save import KnownPlan, SaveInProgress, begin_save
 
 OPTIMIZER_PREFIX = "optimizer.state."

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from parallel.compat import agreed
 from parallel.errors import CheckpointError
+from parallel.sharded_load import agreed
 
 
 @dataclasses.dataclass

@@ -22,10 +22,10 @@ import torch
 from model.config import ModelConfig
 from model.fingerprint import Fingerprints
 from model.sharded_state import MASTER_PREFIX, OPTIMIZER_PREFIX, parameter_of
-from parallel.compat import require_complete
 from parallel.errors import ExpansionError
 from parallel.optimizer_state import MOMENTS
 from parallel.regions import Box
+from parallel.sharded_load import require_complete
 from parallel.stream_files import StoredTensor, StoredTensors
 from upcycle.dense_draw import draw_rows
 from upcycle.dense_keys import Place, changed_source, factor_of, moe_key, place_of, scaled, unit_axis

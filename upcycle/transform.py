@@ -16,10 +16,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from model.sharded_state import parameter_of
-from parallel.compat import checkpoint_tensors, load_sharded
 from parallel.errors import ExpansionError
 from parallel.layout import Layout
 from parallel.optimizer_state import MOMENTS
+from parallel.sharded_load import checkpoint_tensors, load_sharded
 from parallel.sharded_save import save_sharded
 from upcycle.optimizer_rules import rule_tensor
 from upcycle.plan import ExpansionPlan, LayerPlan

@@ -80,7 +80,8 @@ def fitting(candidates: list[list[str]], processes: int = 1, flash: bool = True)
         processes: that share it.
         flash: attention keeps no scores.
     """
-    from launch.plan import needed_bytes, settings_without_corpus
+    from launch.plan_hints import needed_bytes
+    from launch.plan_inputs import settings_without_corpus
 
     if not torch.cuda.is_available():
         return candidates[0]

@@ -14,10 +14,10 @@ from model.hf.logical import our_key
 from model.hf.read import PublishedReader
 from model.holdings import describe_stage
 from model.sharded_state import model_state
-from parallel.compat import asked_by_all
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 from parallel.regions import pieces_of
+from parallel.sharded_load import asked_by_all
 
 _CHUNK_ELEMENTS = 1 << 24
 

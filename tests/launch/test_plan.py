@@ -14,7 +14,8 @@ import pytest
 from launch.__main__ import main
 from launch.footprint import buffer_of, checkpoint_bytes, footprint
 from launch.moves import Links, Traffic, switch_traffic
-from launch.plan import make_plan, settings_without_corpus
+from launch.plan import make_plan
+from launch.plan_inputs import settings_without_corpus
 from launch.plan_tables import spans
 from model.config import ModelConfig, padded_vocab_size
 from model.network import count, flops_per_token, network_chunks

@@ -382,8 +382,8 @@ def _state(wrapped: Any, optimizer: Any, loading: bool, homogeneous: bool) -> di
 
 
 def _load(wrapped: Any, optimizer: Any, directory: str, step: int, homogeneous: bool) -> None:
-    from parallel.compat import load_sharded
     from parallel.optimizer_state import allocate_state, chained, forget_step, set_step
+    from parallel.sharded_load import load_sharded
 
     allocate_state(optimizer)
     request = _state(wrapped, optimizer, True, homogeneous)

@@ -11,16 +11,15 @@ import torch
 
 from parallel.compat import (
     OPTIMIZER_METADATA,
-    checkpoint_tensors,
     forget_models,
     layer_submodules,
-    load_sharded,
     make_transformer_config,
     moe_submodules,
     use_experts,
     versions,
 )
 from parallel.errors import CheckpointError, ConfigError
+from parallel.sharded_load import checkpoint_tensors, load_sharded
 from parallel.sharded_save import save_sharded
 from parallel.transformer_engine import have_transformer_engine
 from tests.distributed import run_distributed

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from parallel.compat import checkpoint_tensors, load_sharded, prepare_megatron
+from parallel.compat import prepare_megatron
 from parallel.errors import CheckpointError
 from parallel.safe_pickle import load_plain, read_index
+from parallel.sharded_load import checkpoint_tensors, load_sharded
 from parallel.sharded_save import save_sharded
 from parallel.stream_files import StoredTensors
 from tests.distributed import run_distributed

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.compat import load_sharded, prepare_megatron
+from parallel.compat import prepare_megatron
 from parallel.errors import CheckpointError
 from parallel.safe_pickle import read_index
+from parallel.sharded_load import load_sharded
 from parallel.sharded_save import KnownPlan, begin_save, save_sharded
 from tests.distributed import run_distributed
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 
-from parallel.compat import checkpoint_tensors, mark_complete
 from parallel.errors import CheckpointError
 from parallel.regions import Box
+from parallel.sharded_load import checkpoint_tensors, mark_complete
 from parallel.stream_files import StoredTensors, TensorWriter, first_element, pieces, read_index
 from tests.distributed import run_distributed
 from tests.train.trainer import _tensor_digests

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from launch.moves import Links
-from launch.plan import make_plan, settings_without_corpus
+from launch.plan import make_plan
+from launch.plan_inputs import settings_without_corpus
 from launch.plan_tables import as_text
 from parallel.errors import CheckpointError, ConfigError, DataError
 from tests.distributed import run_distributed

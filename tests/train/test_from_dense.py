@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from model.sharded_state import OPTIMIZER_PREFIX
-from parallel.compat import mark_complete
 from parallel.regions import Box
+from parallel.sharded_load import mark_complete
 from parallel.stream_files import StoredTensors, TensorWriter
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, metrics, reseal, rewrite_manifest, small_corpus, train_in_turn

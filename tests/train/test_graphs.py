@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launch.footprint import footprint
-from launch.plan import settings_without_corpus
+from launch.plan_inputs import settings_without_corpus
 from model.choices import choose
 from model.graphs import input_bytes
 from parallel.errors import ConfigError, LaunchError

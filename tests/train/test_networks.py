@@ -153,7 +153,7 @@ def _drop_optimizer_state(tensors: str) -> None:
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from parallel.compat import checkpoint_tensors, load_sharded
+    from parallel.sharded_load import checkpoint_tensors, load_sharded
     from parallel.sharded_save import save_sharded
 
     stored = {k: v for k, v in checkpoint_tensors(tensors).items() if not k.startswith("optimizer.")}

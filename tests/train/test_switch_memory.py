@@ -15,7 +15,7 @@ import pytest
 from torch.autograd.profiler import profile
 
 from launch.footprint import Memory, footprint, switch_memory
-from launch.plan import settings_without_corpus
+from launch.plan_inputs import settings_without_corpus
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, small_corpus, train_here
 

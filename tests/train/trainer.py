@@ -90,7 +90,7 @@ def _tensor_digests(tensors: str) -> dict[str, str]:
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from parallel.compat import checkpoint_tensors, load_sharded
+    from parallel.sharded_load import checkpoint_tensors, load_sharded
 
     stored = checkpoint_tensors(tensors)
     wanted = {

@@ -86,7 +86,7 @@ def _dense(changes: dict[str, Any], layout: Any, folder: Path) -> Any:
 def _upcycled(source: Path, target: Path, case: tuple[str, int, str, dict[str, Any]], layout: Any) -> Any:
     """The MoE model of a case, its tensors made by the executor, verified, and loaded; no key too many or too few."""
     from model.sharded_state import expert_keys, model_state
-    from parallel.compat import load_sharded
+    from parallel.sharded_load import load_sharded
     from upcycle.dense import DenseRules, plan_from_dense
     from upcycle.dense_stream import opened_dense
     from upcycle.dense_verify import verify_from_dense

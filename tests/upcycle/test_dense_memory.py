@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from parallel.compat import mark_complete
 from parallel.regions import Box
+from parallel.sharded_load import mark_complete
 from parallel.stream_files import TensorWriter
 from tests.distributed import run_distributed
 from upcycle.dense import DenseRules, plan_from_dense

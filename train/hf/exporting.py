@@ -21,9 +21,9 @@ from model.hf.registry import family_of
 from model.hf.source import CONFIG, all_finite, carry_over, read_config
 from model.hf.write import ShardWriter
 from model.sharded_state import MASTER_PREFIX, OPTIMIZER_PREFIX
-from parallel.compat import require_complete
 from parallel.errors import CheckpointError, ConfigError
 from parallel.regions import pieces_of
+from parallel.sharded_load import require_complete
 from parallel.stream_files import StoredTensors
 from train.checkpoint.files import wrong_files
 from train.checkpoint.folder import Manifest, need_space, read_manifest

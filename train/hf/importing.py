@@ -15,7 +15,8 @@ from model.hf.logical import LogicalTensor, expert_keys_of
 from model.hf.read import PublishedReader
 from model.hf.registry import family_of
 from model.hf.source import PublishedModel, carry_over
-from parallel.compat import mark_complete, versions
+from parallel.compat import versions
+from parallel.sharded_load import mark_complete
 from parallel.stream_files import TensorWriter, first_element, pieces
 from train.checkpoint.folder import Manifest, need_space
 from train.config import RunSettings
