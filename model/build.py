@@ -39,6 +39,7 @@ from parallel.compat import (
     make_transformer_config,
     norms_uncompressed_queries,
     refuse_unknown_fields,
+    unmark_whole_weights,
     use_experts,
 )
 from parallel.errors import ConfigError
@@ -265,6 +266,7 @@ def build_chunks(
             rope_scaling_factor=model.rope_scaling_factor,
             vp_stage=vp_stage,
         )
+        unmark_whole_weights(chunk)
         chunks.append(chunk.to(layout.device))
     _mark_expert_parameters(chunks, layout)
     return chunks

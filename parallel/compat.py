@@ -182,6 +182,22 @@ def graph_fields(warmup_steps: int) -> dict[str, Any]:
     return {"cuda_graph_impl": "transformer_engine", parts: ["attn"], "cuda_graph_warmup_steps": warmup_steps}
 
 
+def unmark_whole_weights(chunk: torch.nn.Module) -> None:
+    """Take the mark of a tensor-parallel part off the weights of Transformer Engine that every tensor rank holds whole.
+
+    These are the down projections of latent attention. 0.16 leaves the mark on them, and then counts them once per rank in
+    the norm of the gradient; so would whoever asks a parameter whether it is a part.
+    """
+    from megatron.core.extensions import transformer_engine
+
+    whole = getattr(transformer_engine, "TELinear", None)
+    for module in chunk.modules():
+        # Those that are cut are of classes below it.
+        if type(module) is whole:
+            for parameter in module.parameters():
+                parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+
+
 def gradient_memory(wrapped: Any) -> list[torch.Tensor]:
     """The flat gradients of a chunk in mcore's DistributedDataParallel, dense and expert; empty ones left out."""
     buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]

@@ -32,6 +32,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "all heads": dict(qk_norm=True, qk_norm_all_heads=True, tie_embeddings=True),
     "biases": dict(linear_bias=True, qkv_bias=True, normalization="LayerNorm", activation="gelu"),
     "mla": dict(**_LATENT, qk_norm=True),
+    "yarn": dict(**_LATENT, qk_norm=True, rope_scaling="yarn", rope_scaling_factor=4.0, rope_original_length=16),
 }
 
 
@@ -164,3 +165,14 @@ def _adam_kernel(
         m.copy_(one * m + (1 - one) * g)
         v.copy_(two * v + (1 - two) * g * g)
         p.sub_(lr * (m / correction1 / ((v / correction2).sqrt() + eps) + weight_decay * p))
+
+
+def views(optimizer: Any) -> list[Any]:
+    from parallel.optimizer_state import optimizer_views
+
+    return list(optimizer_views(optimizer))
+
+
+def wrapped_of(optimizer: Any) -> list[Any]:
+    """The chunks of an optimizer of mcore in their DDP."""
+    return list(optimizer.chained_optimizers[0].model_chunks)
