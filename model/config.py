@@ -8,7 +8,7 @@ from typing import Any
 
 from model.fp8 import FP8_FORMATS, FP8_RECIPES
 from model.graphs import refuse_graph_fields
-from model.mcore_fields import refuse_keyed
+from model.mcore_fields import refuse_fields
 from model.recompute import METHODS, RECOMPUTE, check_recompute
 from parallel.errors import ConfigError
 
@@ -219,7 +219,7 @@ class ModelConfig:
         if self.num_experts:
             self._check_routing()
         check_recompute(self)
-        refuse_keyed(self.mcore)
+        refuse_fields(self.mcore)
         refuse_graph_fields(self.mcore)
 
     def _check_published(self) -> None:

@@ -1,4 +1,4 @@
-"""What `model.mcore` cannot be used for: fields of mcore that have a key of their own.
+"""What `model.mcore` cannot be used for: fields of mcore that have a key of their own, and parameters of unknown form.
 
 Set past its key, a field would win without a word, and what a run checks, prints and writes of itself would be wrong.
 """
@@ -88,19 +88,33 @@ KEYS = {
     "expert_model_parallel_size": "parallel.expert",
     "expert_tensor_parallel_size": "parallel.expert_tensor",
 }
+_ONE_TENSOR = "makes one parameter of all experts, in a form that checkpoints and the switch do not know"
+_NOT_PRIMARY = "would keep weights in a form that no checkpoint, switch or fingerprint knows: they stay bf16"
+# Field -> why no value but its neutral one can be had.
+REFUSED = {
+    "fp8_param": _NOT_PRIMARY,
+    "fp4_param": _NOT_PRIMARY,
+    "fp4": "computes in 4 bits, of which neither sizes nor devices are checked: use model.fp8",
+    "moe_single_grouped_weight": _ONE_TENSOR,
+    "moe_single_grouped_bias": _ONE_TENSOR,
+    "moe_mlp_glu_interleave_size": "mixes the rows of gate and up projections, as checkpoints and published models do not",
+    "hierarchical_context_parallel_sizes": "needs groups on two levels, which no layout here has",
+}
 # Values of `moe_router_load_balancing_type` that family routing has no answer to.
 WITHOUT_FAMILIES = ("sinkhorn", "quantile_balancing")
 
 
-def refuse_keyed(fields: Mapping[str, Any]) -> None:
-    """Refuse fields that have a key of their own.
+def refuse_fields(fields: Mapping[str, Any]) -> None:
+    """Refuse fields that have a key of their own, and those whose networks nothing here can hold.
 
     Args:
         fields: `model.mcore`, passed to mcore's TransformerConfig.
 
     Raises:
-        ConfigError: naming the field, its value and the key.
+        ConfigError: naming the field, its value, and the key or the reason.
     """
     for name, value in fields.items():
         if name in KEYS:
             raise ConfigError(f"model.mcore.{name}={value} has a key of its own: use {KEYS[name]}")
+        if value and name in REFUSED:
+            raise ConfigError(f"model.mcore.{name}={value} {REFUSED[name]}; leave it out")

@@ -15,6 +15,8 @@ RECOMPUTE = ("none", "selective", "full")
 METHODS = ("uniform", "block")
 # Parts of a layer, by the names that mcore has for them. Its `gdn_norm_out` belongs to a network that is none of ours.
 MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+# Their second pass would move the histories that delayed scales come from.
+_NOT_DELAYED = ("layernorm", "moe_act")
 _INSIDE_MOE = ("moe_act", "shared_experts")
 
 
@@ -53,6 +55,12 @@ def check_recompute(model: Any) -> None:
         raise ConfigError(
             "model.recompute_modules has moe_act, which model.experts=sequential cannot compute again alone: use "
             "model.experts=grouped, or moe in place of moe_act"
+        )
+    scaled = [name for name in _NOT_DELAYED if name in model.recompute_modules]
+    if scaled and model.fp8 != "none" and model.fp8_recipe == "delayed":
+        raise ConfigError(
+            f"model.recompute_modules has {scaled[0]}, which cannot be computed again under model.fp8_recipe=delayed: use "
+            "model.fp8_recipe=tensorwise, or leave it out"
         )
     inside = [name for name in _INSIDE_MOE if name in model.recompute_modules]
     if inside and "moe" in model.recompute_modules:

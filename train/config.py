@@ -12,6 +12,7 @@ from pathlib import Path
 
 from model.alignment import check_grouped
 from model.config import ModelConfig, divides
+from model.context_parallel import check_context
 from model.fp8 import check_sizes
 from model.graphs import refuse_graphs
 from model.performance import PerformanceConfig
@@ -86,6 +87,12 @@ class RunSettings:
                     f"{number}): megatron-core would need every document to be a multiple of {2 * context} tokens; use a "
                     "context size of 1"
                 )
+        softmax = self.model.mcore.get("softmax_type") or "vanilla"
+        if softmax != "vanilla":
+            raise ConfigError(
+                f"data.document_attention=true cannot be combined with model.mcore.softmax_type={softmax}: no attention of "
+                "Transformer Engine computes it of documents end to end; drop one of them"
+            )
         for name in ("window_size", "masked_softmax_fusion"):
             if self.model.mcore.get(name):
                 raise ConfigError(
@@ -161,6 +168,7 @@ class RunSettings:
         data_ranks = parallel.data(world_size, keys)
         check_sizes(model, parallel, self.run.precision, keys)
         check_layers(model, parallel, keys["pipeline"])
+        check_context(model, parallel, self.run.precision, keys)
         if parallel.expert > 1 and not model.num_experts:
             raise ConfigError(f"{keys['expert']}={parallel.expert} needs experts: model.num_experts=0 is a dense model")
         if parallel is self.parallel:

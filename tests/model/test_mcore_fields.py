@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from model.mcore_fields import KEYS
+from model.mcore_fields import KEYS, REFUSED
 from parallel.errors import ConfigError
 from tests.model.grown_model import model_config
 from train.settings import known_keys, load_settings
@@ -50,6 +50,13 @@ def test_a_field_that_mcore_has_not_is_refused_before_ranks_meet() -> None:
         ConfigError, match=r"model\.mcore: .* has no field moe_input_jiter_eps=0\.01: did you mean moe_input_"
     ):
         check_passed_on(model_config(mcore={"moe_input_jiter_eps": 0.01}))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_parameters_of_unknown_form_are_refused_with_the_settings(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.mcore\.{name}=\d* .*; leave it out$"):
+        load_settings(["model=tiny", "data.corpus=x", f"+model.mcore.{name}=8"], 2)
+    load_settings(["model=tiny", "data.corpus=x", f"+model.mcore.{name}=null"], 2)
 
 
 def test_every_field_that_a_key_sets_is_listed() -> None:

@@ -114,6 +114,10 @@ def test_grouped_experts_keep_less_in_both_layouts_and_under_families() -> None:
             {"recompute": "selective", "recompute_modules": ["moe_act"], "experts": "sequential"},
             "cannot compute again alone: use model.experts=grouped",
         ),
+        (
+            {"recompute": "selective", "recompute_modules": ["moe_act"], "fp8": "hybrid"},
+            "has moe_act, which cannot be computed again under model.fp8_recipe=delayed: use model.fp8_recipe=tensorwise",
+        ),
         ({"mcore": {"recompute_granularity": "full"}}, "mcore.recompute_granularity=full has a key of its own: use model.recompute,"),
         ({"mcore": {"cuda_graph_impl": "local"}}, "cuda_graph_impl=local: CUDA graphs have a key of their own"),
         ({"mcore": {"enable_cuda_graph": True}}, "leave model.mcore.enable_cuda_graph out"),
