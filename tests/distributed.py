@@ -87,7 +87,7 @@ def run_distributed(
     """
     call = pickle.dumps((fn, args, kwargs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     environment |= {"LOCAL_WORLD_SIZE": str(world_size)}
     with tempfile.TemporaryDirectory(prefix="coppice-ranks-") as folder:
         processes, pipes = [], []
@@ -134,7 +134,7 @@ def _unpack(packed: bytes) -> Any:
     return torch.load(io.BytesIO(packed), weights_only=False)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port nobody holds, below those that the system hands out for connections: one of these may be gone by the time the
     ranks listen, with a second test session on the same machine it sometimes is.
     """
