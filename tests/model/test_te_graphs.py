@@ -299,3 +299,30 @@ def test_the_rows_of_gpu_check(tmp_path: Path) -> None:
     assert found["stages with graphs, and how many"] == "[(0, 2), (1, 2)]"
     assert found["losses with graphs behind a live switch, largest difference to those without"] == 0
     assert found["stage 1: captured in"] > 0
+
+
+def _back(overrides: list[str]) -> list[bool]:
+    from tests.train.test_health import _poisoned
+
+    with _on_cpu() as made:
+        _poisoned(overrides, [40, 48], float("nan"))
+    return [replay.over for replay in made]
+
+
+def test_a_run_that_goes_back_drops_its_graphs_and_captures_anew(tmp_path: Path) -> None:
+    from tests.train.trainer import SMALL, events, metrics, small_corpus
+
+    common = [*SMALL, "run.steps=10", "run.precision=bf16", "parallel.expert=2", "upcycle.stages=[]",
+              "checkpoint.interval_steps=2", "checkpoint.keep_last=9", "health.bad_steps=2", "health.action=rollback",
+              f"data.corpus={small_corpus(tmp_path)}"]  # fmt: skip
+    losses = {}
+    for wish in ("none", "attention"):
+        run = tmp_path / wish
+        made = run_distributed(_back, 2, [*common, f"run.dir={run}", f"performance.cuda_graphs={wish}"])
+        losses[wish] = [(n, line["lm_loss"], line["grad_norm"]) for n, line in metrics(run).items()]
+    assert made == [[True] * 4] * 2
+    assert losses["attention"] == losses["none"] and len(losses["none"]) == 10
+    # Steps 6 and 7 are bad; after the return to the checkpoint of step 4 three more warm up.
+    captured, dropped = (events(tmp_path / "attention", name) for name in ("graphs_captured", "graphs_dropped"))
+    assert [e["step"] for e in captured] == [3, 7]
+    assert [(e["step"], e["details"]["reason"]) for e in dropped] == [(7, "going back"), (10, "the end of the run")]
