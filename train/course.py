@@ -1,12 +1,18 @@
 """Finds a run's course at its start; `upcycle/course.py` is the arithmetic, here are the files that it is told by."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.build import transformer_config
+from parallel.errors import ConfigError
+from parallel.layout import Layout
+from train.acceleration import accelerated, routes_in_families
 from train.checkpoint.folder import Manifest, belongs_to
+from train.config import RunSettings
 from train.guard import RETURNED, held_from
 from train.requests import repeated_requests
-from upcycle.course import Past, plan_course
+from upcycle.course import Course, Past, plan_course
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -45,3 +51,31 @@ def follow(run: "Run", source: Path | None, manifest: Manifest | None) -> None:
         run.console.say(
             f"{entry.rules.when(entry.key)} is left out: {RETURNED} in run.dir says why, remove it to let it happen"
         )
+
+
+def settings_on(course: Course, given: RunSettings, layout: Layout) -> RunSettings:
+    """What a run's settings mean on a course, if all of what is to come can be done.
+
+    Args:
+        course: the stages.
+        given: settings as the user gave them.
+        layout: the process groups that there are now.
+
+    Raises:
+        ConfigError: naming the stage, in mcore's words where it is mcore that refuses.
+    """
+    settings = given.following(course)
+    settings.check_stages(layout.world_size, course)
+    counts = settings.upcycle.expert_counts(settings.model.num_experts)
+    for number in range(course.begun + 1, len(counts)):
+        # Only the sizes are asked for; there are no such groups yet.
+        ahead = replace(layout, config=settings.parallel_of(number))
+        try:
+            families = routes_in_families(settings, number)
+            concrete, _ = accelerated(settings, ahead.config, ahead.machine(), ahead.world_size, families=families)
+            transformer_config(
+                concrete.model, counts[number], ahead, settings.run.precision, performance=concrete.performance
+            )
+        except ConfigError as e:
+            raise ConfigError(f"{course.keys[number - 1]}: {e}") from None
+    return settings

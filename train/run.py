@@ -6,47 +6,41 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from model.build import transformer_config
 from model.family_routing import set_release
-from parallel.errors import ConfigError, CoppiceError, DataError
+from parallel.errors import CoppiceError, DataError
 from parallel.layout import Layout
 from parallel.optimizer_ages import OptimizerAges
 from train import random_state
-from train.acceleration import accelerated, routes_in_families
 from train.checkpoint.folder import Manifest
 from train.checkpoint.persistence import Persistence
 from train.config import RunSettings
 from train.console import Console
-from train.course import follow
+from train.course import settings_on
 from train.data.blends import Position, refuse_used_up, stream_blends
 from train.data.sample_order import Blend, SampleOrder
 from train.data.stream import DataStream, phases_of
-from train.evaluation import Evaluated, Evaluation, evaluate, open_evaluation
+from train.evaluation import Evaluated, Evaluation, evaluate
 from train.expansion import expand
 from train.graphs import capture_when_due, drop_graphs
-from train.guard import Guard, refuse_tripped, watch
-from train.health import Health, Stretch, attend, beyond, left_out, read_skipped
-from train.hf.start import begin
+from train.guard import Guard, watch
+from train.health import Health, Stretch, attend, beyond, left_out
 from train.named import named
 from train.observation import Observer
+from train.opening import restore_state, write_start
 from train.profile import Profiler
-from train.record import record_start, record_step
+from train.record import record_step
 from train.requests import RequestFolder, refuse_waiting, take_request
 from train.run_files import RunFiles
-from train.run_lock import lock_run
-from train.settings import settings_to_dict, write_yaml
 from train.signals import Stopping, StopRequest
-from train.stage import Stage, build_stage
-from train.start import find_start
+from train.stage import Stage
 from train.status import tell_status
 from train.step import optimizer_step
-from train.tracking import Tracker, open_tracker
+from train.tracking import Tracker
 from train.watchdog import Watchdog
 from upcycle.course import Course
 from upcycle.plan import last_growth
@@ -112,7 +106,7 @@ class Run:
         self.stage: Stage
         self.data: DataStream
         self.evaluation: Evaluation
-        self.persistence: Persistence
+        self.persistence = Persistence(self)
 
     @classmethod
     def open(cls, settings: RunSettings, layout: Layout, corpora: list[Any], stop: StopRequest | None = None) -> "Run":
@@ -128,25 +122,8 @@ class Run:
             CoppiceError: if the run directory is of another run, or a checkpoint cannot be used.
         """
         run, source, manifest = cls.restore(settings, layout, corpora)
-        layout, run.stop = run.layout, stop or run.stop
-        refuse_tripped(run)
-        with layout.together("writing config.yaml"):
-            if layout.rank == 0:
-                write_yaml(settings, run.files.config, manifest.step if manifest else 0)
-                if manifest is None:
-                    # A start that was killed before its first checkpoint leaves steps that are trained anew now.
-                    run.files.truncate_after(0)
-        run.tracker = open_tracker(
-            settings.tracking,
-            run.files,
-            manifest.tracker_id if manifest else None,
-            settings_to_dict(settings),
-            layout.rank,
-            run.step,
-        )
-        record_start(run, source, manifest)
-        run.persistence.check_space()
-        tell_status(run, "running")
+        run.stop = stop or run.stop
+        write_start(run, source, manifest)
         return run
 
     @classmethod
@@ -167,43 +144,7 @@ class Run:
             CoppiceError: as `open`.
         """
         run = cls(settings, layout, corpora)
-        run.persistence = Persistence(run)
-        # Before anything is chosen that another job might change; a folder that is not there yet is nobody's.
-        run._lock_folder(only_if_there=True)
-        source, run.skipped = find_start(run)
-        manifest = run.persistence.check_start(source)
-        number = manifest.stage if manifest else 0
-        follow(run, source, manifest)
-        with layout.together("preparing run.dir"):
-            if layout.rank == 0:
-                run.files.prepare()
-        run._lock_folder()
-        layout = run.enter_layout(number)
-        full = not (manifest and source) or run.persistence.enter(source, manifest)
-        run.stage = build_stage(
-            run.settings,
-            number,
-            layout,
-            run.vocab_size,
-            manifest.plans if manifest else (),
-            schedule_begins=run.schedule_begins,
-        )
-        with layout.together("looking for samples to leave out"):
-            left_out_here = read_skipped(run.files.run_dir) if layout.rank == 0 else []
-        known = [(first, count) for first, count in manifest.skipped_data] if manifest else []
-        run.skipped_data = sorted({*layout.from_rank_zero(left_out_here), *known})
-        run._open_data(manifest)
-        run.evaluation = open_evaluation(run)
-        if manifest and source:
-            run.persistence.load(source, manifest, full=full)
-        begin(run, source, manifest)
-        return run, source, manifest
-
-    def _lock_folder(self, *, only_if_there: bool = False) -> None:
-        """Keep other jobs off the run directory until this run is closed; collective."""
-        with self.layout.together("locking run.dir"):
-            if self.layout.rank == 0 and self.lock is None and (self.files.run_dir.is_dir() or not only_if_there):
-                self.lock = lock_run(self.files.run_dir)
+        return run, *restore_state(run)
 
     def take_course(self, course: Course) -> None:
         """Follow a course from here on, if all of what is to come can be done.
@@ -211,26 +152,7 @@ class Run:
         Raises:
             ConfigError: naming the stage, in mcore's words where it is mcore that refuses; nothing has changed then.
         """
-        settings = self.given.following(course)
-        settings.check_stages(self.layout.world_size, course)
-        counts = settings.upcycle.expert_counts(settings.model.num_experts)
-        for number in range(course.begun + 1, len(counts)):
-            # Only the sizes are asked for; there are no such groups yet.
-            layout = replace(self.layout, config=settings.parallel_of(number))
-            try:
-                families = routes_in_families(settings, number)
-                concrete, _ = accelerated(
-                    settings, layout.config, layout.machine(), layout.world_size, families=families
-                )
-                transformer_config(
-                    concrete.model,
-                    counts[number],
-                    layout,
-                    settings.run.precision,
-                    performance=concrete.performance,
-                )
-            except ConfigError as e:
-                raise ConfigError(f"{course.keys[number - 1]}: {e}") from None
+        settings = settings_on(course, self.given, self.layout)
         if hasattr(self, "data"):
             # A blend may begin with a stage.
             self.data.follow(self._order_of(settings, self.data.order.blends, self.position()))
@@ -271,7 +193,8 @@ class Run:
         """
         return random_state.named_seed(f"layout/{self.settings.run.seed}/{number}/{self.step}")
 
-    def _open_data(self, manifest: Manifest | None) -> None:
+    def open_data(self, manifest: Manifest | None) -> None:
+        """Read from where a checkpoint stands, or from the beginning."""
         data, here = self.settings.data, self.position(manifest)
         order = self._order_of(self.settings, self.persistence.known_blends(manifest), here)
         self.data = DataStream(
@@ -304,9 +227,9 @@ class Run:
         return order
 
     def reopen_data(self, manifest: Manifest) -> None:
-        """Read from where a checkpoint stands."""
+        """Go back to where a checkpoint stands."""
         self.data.close()
-        self._open_data(manifest)
+        self.open_data(manifest)
         # What was found at a step that is trained again is not known of the state that it leads to now.
         self.evaluated = None
 

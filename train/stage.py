@@ -142,65 +142,22 @@ def build_stage(
     """
     settings, choices = _on_this_machine(settings, layout, plans)
     num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
-    bf16 = settings.run.precision == "bf16"
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=not blank)
-    config = chunks[0].config
-    options = settings.optimizer
-    if blank and options.distributed:
+    if blank and settings.optimizer.distributed:
         _let_go_of_weights(chunks)
         empty_cache(layout.device)
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=options.distributed,
-        overlap_grad_reduce=options.overlap_grad_reduce is True,
-        overlap_param_gather=options.overlap_param_gather is True,
-    )
-    with NoGradientsYet(options.distributed) if blank else contextlib.nullcontext():
-        wrapped = [
-            DistributedDataParallel(
-                config=config,
-                ddp_config=ddp,
-                module=_in_precision(settings, chunk),
-                disable_bucketing=index > 0,
-            )
-            for index, chunk in enumerate(chunks)
-        ]
+    with NoGradientsYet(settings.optimizer.distributed) if blank else contextlib.nullcontext():
+        wrapped = _in_ddp(settings, chunks)
     count_exactly(moe_parts(chunks))
     for chunk in wrapped:
         if blank:
             require_stand_ins(chunk)
         else:
             chunk.broadcast_params()
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.schedule.learning_rate,
-            min_lr=settings.schedule.min_learning_rate,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.beta1,
-            adam_beta2=options.beta2,
-            adam_eps=options.epsilon,
-            clip_grad=options.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=options.distributed,
-            overlap_param_gather=options.overlap_param_gather is True,
-        ),
-        wrapped,
-    )
+    optimizer = get_megatron_optimizer(_optimizer_config(settings), wrapped)
     use_fused_update(optimizer)
-    _bind(config, wrapped, optimizer, settings)
-    graphs = None
-    if settings.performance.cuda_graphs == "attention":
-        graphs = LayerGraphs.of(
-            wrapped,
-            config,
-            optimizer,
-            sequence_length=settings.data.sequence_length,
-            micro_batch_size=settings.data.micro_batch_size,
-            micro_batches=micro_batches(settings.data, layout),
-            device=layout.device,
-        )
+    _bind(chunks[0].config, wrapped, optimizer, settings)
+    graphs = _graphs(settings, layout, wrapped, optimizer)
     return Stage(
         number=number,
         num_experts=num_experts,
@@ -274,6 +231,59 @@ def _build_chunks(
 def _in_precision(settings: RunSettings, chunk: GPTModel) -> Any:
     """A chunk as it computes: in Float16Module for bf16."""
     return Float16Module(chunk.config, chunk) if settings.run.precision == "bf16" else chunk
+
+
+def _in_ddp(settings: RunSettings, chunks: list[GPTModel]) -> list[Any]:
+    """Chunks as they train: in mcore's DDP, with gradients in fp32."""
+    options = settings.optimizer
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=options.distributed,
+        overlap_grad_reduce=options.overlap_grad_reduce is True,
+        overlap_param_gather=options.overlap_param_gather is True,
+    )
+    return [
+        DistributedDataParallel(
+            config=chunks[0].config,
+            ddp_config=ddp,
+            module=_in_precision(settings, chunk),
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _optimizer_config(settings: RunSettings) -> OptimizerConfig:
+    options, bf16 = settings.optimizer, settings.run.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.schedule.learning_rate,
+        min_lr=settings.schedule.min_learning_rate,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.epsilon,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=options.distributed,
+        overlap_param_gather=options.overlap_param_gather is True,
+    )
+
+
+def _graphs(settings: RunSettings, layout: Layout, wrapped: list[Any], optimizer: Any) -> LayerGraphs | None:
+    """What captures the layers of a stage; None where no graphs are wanted."""
+    if settings.performance.cuda_graphs != "attention":
+        return None
+    return LayerGraphs.of(
+        wrapped,
+        wrapped[0].config,
+        optimizer,
+        sequence_length=settings.data.sequence_length,
+        micro_batch_size=settings.data.micro_batch_size,
+        micro_batches=micro_batches(settings.data, layout),
+        device=layout.device,
+    )
 
 
 def families_of(plans: Sequence[Mapping[str, Any]]) -> dict[int, list[int]] | None:
