@@ -82,10 +82,11 @@ def check_passed_on(model: ModelConfig) -> None:
     Raises:
         ConfigError: naming the field and the nearest known one.
     """
-    try:
-        refuse_unknown_fields(_config_class(model), model.mcore)
-    except ConfigError as e:
-        raise ConfigError(f"model.mcore: {e}") from None
+    for name, value in model.mcore.items():
+        try:
+            refuse_unknown_fields(_config_class(model), {name: value})
+        except ConfigError as e:
+            raise ConfigError(f"model.mcore.{name}={value}: {e}") from None
 
 
 def transformer_config(

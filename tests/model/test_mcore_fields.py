@@ -47,7 +47,8 @@ def test_a_field_that_mcore_has_not_is_refused_before_ranks_meet() -> None:
 
     check_passed_on(model_config(mcore={"moe_input_jitter_eps": 0.01}))
     with pytest.raises(
-        ConfigError, match=r"model\.mcore: .* has no field moe_input_jiter_eps=0\.01: did you mean moe_input_"
+        ConfigError,
+        match=r"model\.mcore\.moe_input_jiter_eps=0\.01: .* has no field moe_input_jiter_eps=0\.01: did you mean moe_input_",
     ):
         check_passed_on(model_config(mcore={"moe_input_jiter_eps": 0.01}))
 
