@@ -23,24 +23,9 @@ from parallel import errors
 from parallel.config import ParallelConfig
 from parallel.devices import refuse_mixed, refuse_too_few, refuse_unlike
 from parallel.errors import CoppiceError, LaunchError
+from parallel.flight_recorder import flight_recorder
 from parallel.graphs import leave_default_stream, seed_replayed_streams
 from parallel.machine import Machine, this_machine
-
-
-def flight_recorder(records: Path | None) -> dict[str, str]:
-    """Variables that keep NCCL's flight recorder on: what every rank was waiting for when a collective timed out.
-
-    Under plain torchrun it is still in time to set them before the first group is made.
-
-    Args:
-        records: folder for what it writes, `nccl-trace-rank-R`; None leaves torch's (/tmp).
-    """
-    found = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-    if records is not None:
-        # Torch adds the rank. The second name is the older one.
-        prefix = f"{records.absolute()}/nccl-trace-rank-"
-        found |= {"TORCH_FR_DUMP_TEMP_FILE": prefix, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix}
-    return found
 
 
 def _check_rendezvous() -> None:
@@ -70,7 +55,7 @@ def join_job(timeout_seconds: int, records: Path | None = None, *, graphs: bool 
 
     Args:
         timeout_seconds: after which a collective that a rank never joined ends the job.
-        records: folder for what NCCL's flight recorder writes then.
+        records: folder for what the flight recorder writes then.
         graphs: whether this process will capture CUDA graphs; on a GPU it computes on a stream of its own then.
 
     Returns:
@@ -101,8 +86,8 @@ def join_job(timeout_seconds: int, records: Path | None = None, *, graphs: bool 
         torch.cuda.set_device(local)
         if graphs:
             leave_default_stream()
-        for name, value in flight_recorder(records).items():
-            os.environ.setdefault(name, value)
+    for name, value in flight_recorder(records).items():
+        os.environ.setdefault(name, value)
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), **alone)
     except (dist.DistError, RuntimeError, ValueError) as e:
@@ -188,7 +173,8 @@ class Layout:
             context_parallel_size=config.context,
             expert_model_parallel_size=config.expert,
             expert_tensor_parallel_size=config.expert_tensor,
-            distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
+            # mcore makes a duration of it, which takes fractions.
+            distributed_timeout_minutes=config.timeout_seconds / 60,  # type: ignore[arg-type]
         )
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         layout = cls(

@@ -15,6 +15,7 @@ from train.inputs import open_inputs
 from train.run import Run
 from train.signals import StopRequest
 from train.status import tell_failed_start, tell_failure
+from train.timeouts import explain_timeout, watch_for_timeouts
 from train.tracking import refuse_missing
 
 
@@ -52,7 +53,8 @@ def run_settings(settings: RunSettings) -> str:
                 raise
             try:
                 run.watchdog.start(run)
-                reason = run.train()
+                with watch_for_timeouts(run):
+                    reason = run.train()
             except BaseException as e:
                 if isinstance(e, torch.OutOfMemoryError):
                     full = out_of_memory(e, run.layout.rank, run.watchdog.doing or "the run", run.files.run_dir)
@@ -60,8 +62,11 @@ def run_settings(settings: RunSettings) -> str:
                     tell_failure(run, full, here=True)
                     raise full from e
                 lost = run.watchdog.explain(e)
+                # Of a time-out every rank speaks, and rank 0 writes, as of other errors.
+                here = lost.speaks if lost else None
+                lost = lost or explain_timeout(run, e)
                 run.watchdog.end(lost or e)
-                tell_failure(run, lost or e, here=lost.speaks if lost else None)
+                tell_failure(run, lost or e, here=here)
                 if lost is not None:
                     raise lost from e
                 raise

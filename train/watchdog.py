@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped]
 
 from parallel.errors import LaunchError
+from parallel.flight_recorder import where_records_lie, write_record
 from parallel.heartbeat import Board, BoardLostError, board_keeper, lost_connection
 from train.named import named
 from train.signs import SILENT, Blame, Sign, describe, find_culprits, look_at, raised_at
@@ -347,7 +348,7 @@ class Watchdog:
     def _pronounce(self, blame: Blame, what: str, *, hung: bool) -> None:
         """Put a verdict on the board; that of another rank, if it was faster, is as good."""
         states = {rank: state for rank in blame.ranks if (state := self._state_here(self._signs[rank])) is not None}
-        remedy = _REMEDY_HUNG if hung else _REMEDY
+        remedy = _REMEDY_HUNG + where_records_lie() if hung else _REMEDY
         signs = [self._sign if sign.rank == self._rank else sign for sign in self._signs]
         self._proposal = _Verdict(f"{what}: {describe(blame, signs, states)}: {remedy}", self._rank, hung)
         deadline = time.monotonic() + 3 * _BEAT_SECONDS
@@ -376,6 +377,7 @@ class Watchdog:
         os._exit(LaunchError.exit_code)
 
     def _tell(self, verdict: _Verdict) -> None:
+        write_record(self._rank)
         if verdict.by == self._rank:
             tell_failure(self._run, LaunchError(verdict.message), here=True)
         self._run.console.close()

@@ -18,6 +18,7 @@ from train.data import stream as data
 # Fault -> where it happens, and at which call.
 _PLACES: dict[str, tuple[Any, str, int]] = {
     "step": (data.DataStream, "_close_before", 2),
+    "late": (data.DataStream, "_close_before", 2),
     "stop": (data.DataStream, "_close_before", 2),
     "kill": (data.DataStream, "_close_before", 2),
     "raise": (data.DataStream, "_close_before", 2),

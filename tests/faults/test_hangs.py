@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from parallel.errors import ConfigError, LaunchError
+from parallel.flight_recorder import open_collective
 from parallel.heartbeat import lost_connection
 from tests.distributed import run_distributed
 from tests.train.trainer import SMALL, events, metrics, small_corpus, train_in_turn
@@ -101,7 +102,8 @@ def _faulty(fault: str, rank: int, folder: Path, overrides: list[str], *, torchr
                 if number not in done and process.poll() is not None:
                     done[number] = time.time()
                     ended.codes[number] = process.returncode
-            if fault == "stop" and spoke[0] and len(done) == len(processes) - 1:
+            # Nobody ends these two, and nobody has to.
+            if fault in ("stop", "late") and spoke[0] and len(done) == len(processes) - 1:
                 break
             time.sleep(0.05)
     finally:
@@ -143,7 +145,24 @@ def test_a_rank_that_hangs_in_a_step_is_named(corpus: Path, tmp_path: Path) -> N
     ended = _faulty("step", 1, tmp_path, _run(corpus, run_dir), torchrun=True)
     assert ended.codes[0] != 0 and _LIMIT <= ended.spoke < _LIMIT + _SLACK and ended.seconds[0] < _LIMIT + _SLACK
     _assert_told(ended, run_dir, "step 2 has not got on for", r"rank 1 .* is in step 2 at train/data/stream.py:\d+ \(train\)",
-                 r"rank 0 waits at train/step.py", "raise health.hang_seconds")  # fmt: skip
+                 r"rank 0 waits at train/step.py", "raise health.hang_seconds", f"{run_dir}/nccl-trace-rank-R")  # fmt: skip
+    assert (run_dir / "nccl-trace-rank-0").exists()
+
+
+@pytest.mark.slow
+def test_a_collective_that_times_out_is_named_with_its_record(corpus: Path, tmp_path: Path) -> None:
+    """Nobody watches for ranks that hang; gloo tells the rank that waits, and no one the rank that is late."""
+    run_dir = tmp_path / "run"
+    run = _run(corpus, run_dir, "health.hang_seconds=null", "parallel.timeout_seconds=4")
+    ended = _faulty("late", 1, tmp_path, run, torchrun=False)
+    (line,) = ended.errors
+    for words in (r"error: rank 0 waited in vain in step 2 at train/step.py:\d+ ", r" for gloo:all_\w+ of \d", "[Tt]imed out",
+                  "start the job again", "raise parallel.timeout_seconds", f"{run_dir}/nccl-trace-rank-R"):  # fmt: skip
+        assert re.search(words, line), (words, line)
+    assert ended.codes == {0: LaunchError.exit_code} and 4 <= ended.spoke < 4 + _SLACK
+    assert open_collective(run_dir / "nccl-trace-rank-0") in line
+    status = read_status(run_dir)
+    assert status is not None and f"error: {status['reason']}" == line
 
 
 _HANGS = [

@@ -143,7 +143,7 @@ def test_a_new_layout_starts_its_streams_from_its_own_seed() -> None:
 
 
 def test_the_flight_recorder_writes_where_the_run_does(tmp_path: Path) -> None:
-    from parallel.layout import flight_recorder
+    from parallel.flight_recorder import flight_recorder
 
     told = flight_recorder(tmp_path / "run")
     assert told["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
