@@ -33,15 +33,15 @@ class Section:
 
 
 SECTIONS = {
-    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 30, "machine"),
+    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 25, "machine"),
     "switch": Section("the live switch: bit-identical to the checkpoint path, pause, peak memory", 90, "switch"),
-    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 100, "train"),
+    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 95, "train"),
     "several": Section("on all GPUs: 7B to 13B, EP growth, dispatchers, overlap", 110, "several", many=True),
     "experts": Section("grouped GEMM over the ceiling, by tokens and skew", 40, "experts"),
     "fp8": Section("FP8 through an expansion, against bf16", 50, "fp8"),
     "graphs": Section("CUDA graphs of attention through an expansion, against none", 35, "graphs"),
-    "family": Section("family routing's cost per step", 30, "family"),
-    "peer": Section("one MoE block beside torchtitan's", 30, "peer"),
-    "kinds": Section("one checkpoint read by every expert module: the same losses", 40, "kinds"),
-    "faults": Section("out of memory and too many processes, on purpose", 25, "faults"),
+    "family": Section("family routing's cost per step", 25, "family"),
+    "peer": Section("one MoE block beside torchtitan's", 25, "peer"),
+    "kinds": Section("one checkpoint read by every expert module: the same losses", 35, "kinds"),
+    "faults": Section("on purpose: out of memory, too many processes, a collective that times out", 50, "faults"),
 }

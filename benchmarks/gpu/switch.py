@@ -1,15 +1,20 @@
 """The live switch on this device against the checkpoint path."""
 
+import contextlib
 import gc
 import json
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
+from benchmarks.gpu import SECTIONS
 from benchmarks.gpu.rows import corpus, fitting, row, synchronize
 from parallel.compat import prepare_megatron
 
@@ -17,6 +22,7 @@ prepare_megatron()
 
 from model.fingerprint import take_fingerprints  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
+from parallel.optimizer_state import get_step  # noqa: E402
 from train.data.stream import open_corpora  # noqa: E402
 from train.evaluation import evaluate  # noqa: E402
 from train.expansion import expand  # noqa: E402
@@ -24,8 +30,10 @@ from train.run import Run  # noqa: E402
 from train.settings import load_settings  # noqa: E402
 
 _STEP = 2
-# 0.4 B to 0.7 B parameters: 16 GB of checkpoints, which a disk of 1 GB/s takes in a quarter of a minute.
-BESIDE_DISK = ["model=paper_7b", "model.layers=2", "model.num_experts=16", "data.sequence_length=1024"]
+# 0.23 B to 0.38 B parameters: 8.5 GB of checkpoints, which a disk of 1 GB/s takes in nine seconds.
+BESIDE_DISK = ["model=paper_7b", "model.layers=2", "model.num_experts=8", "data.sequence_length=1024"]
+# Seconds of the section that are left to what comes after a save and a load of the largest size.
+_AFTER_DISK = 40.0
 
 
 def _candidates(layers: tuple[int, ...]) -> list[list[str]]:
@@ -43,16 +51,70 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         sizes = tiny if small else _candidates((20, 16, 14, 12, 10, 8, 6, 4, 2))
         grown = [[*x, *_run_options(1), *_growth("live", None)] for x in sizes]
         chosen = fitting(grown, flash=False)
-        yield from largest(
-            switched("live", sizes[grown.index(chosen)], prefix, folder / "largest", 1), "largest that fits"
-        )
-        yield from both_paths(tiny[0] if small else BESIDE_DISK, prefix, folder, 1)
+        with after_switch("live", sizes[grown.index(chosen)], prefix, folder / "largest", 1) as (run, found):
+            yield from largest(found, "largest that fits")
+            yield from _beside_a_save(run, found["pause"], "largest that fits", folder)
+        few = tiny[0] if small else BESIDE_DISK
+        away = switched("live", [*few, "upcycle.offload=true"], prefix, folder / "away", 1)
+        yield from both_paths(few, prefix, folder, 1, away=away)
     leave_job(joined)
 
 
+def _beside_a_save(run: Run, pause: float, what: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """A save and a load of the larger stage, the least that a relaunch takes; from the disk's rates where time is short."""
+    wanted = run.persistence.needed_bytes()
+    rates = _disk_rates(folder, 64 << 20 if wanted < 4 << 30 else 1 << 30)
+    room = float("inf")
+    if torch.cuda.is_available():
+        room = SECTIONS["switch"].seconds - _AFTER_DISK - (time.time() - psutil.Process().create_time())
+    estimate = sum(wanted / rate for rate in rates)
+    yield row(f"{what}: the disk writes", rates[0] / 1e9, "GB/s")
+    yield row(f"{what}: the disk reads", rates[1] / 1e9, "GB/s")
+    free = shutil.disk_usage(folder).free
+    if wanted > 0.95 * free or estimate > room:
+        why = f"{wanted / 2**30:.0f} GiB ({free / 2**30:.0f} free), {estimate:.0f} s by the disk's rates ({room:.0f} left)"
+        yield row(f"{what}: save and load", f"not measured: {why}")
+        seconds, how = estimate, " by the disk's rates"
+    else:
+        before = take_fingerprints(run.stage.chunks, run.stage.optimizer, run.layout)
+        synchronize()
+        began = time.perf_counter()
+        saved = run.persistence.save_unless_saved()
+        run.persistence.load_stage(saved / "tensors", get_step(run.stage.optimizer))
+        synchronize()
+        seconds, how = time.perf_counter() - began, ""
+        same = take_fingerprints(run.stage.chunks, run.stage.optimizer, run.layout) == before
+        yield row(f"{what}: state after a save and a load", "equal" if same else "DIFFERS", goal="equal bit for bit",
+                  met=same, check=True)  # fmt: skip
+        yield row(f"{what}: save and load", seconds, "s")
+        shutil.rmtree(saved)
+    ratio = pause / seconds
+    yield row(f"{what}: pause over save and load{how}", ratio, goal="at most 0.05", met=ratio <= 0.05)
+
+
+def _disk_rates(folder: Path, size: int) -> tuple[float, float]:
+    """Bytes per second that one process writes, to the disk itself, and reads; what it reads may come from memory."""
+    path, data = folder / "probe", torch.randint(256, (size,), dtype=torch.uint8)
+    began = time.perf_counter()
+    with open(path, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    written = time.perf_counter()
+    torch.load(path, weights_only=True)
+    read = time.perf_counter()
+    path.unlink()
+    return size / (written - began), size / (read - written)
+
+
 def both_paths(
-    overrides: list[str], prefix: Path, folder: Path, processes: int, first: int | None = None
-) -> Iterator[dict]:
+    overrides: list[str],
+    prefix: Path,
+    folder: Path,
+    processes: int,
+    first: int | None = None,
+    away: dict[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
     """The live path and the checkpoint path from the same start.
 
     Args:
@@ -61,6 +123,7 @@ def both_paths(
         folder: for the runs; on a file system that all processes see.
         processes: of the job, all of them expert-parallel after the switch.
         first: expert-parallel ranks before the switch; all by default.
+        away: the live path with the old stage in host memory, if it was taken too.
     """
     what = "" if processes == 1 else f", EP {first or processes} to {processes}"
     live, disk = (switched(path, overrides, prefix, folder / f"{path}{first}", processes, first)
@@ -71,6 +134,13 @@ def both_paths(
               goal="equal bit for bit", met=same, check=True)  # fmt: skip
     yield row(f"save, transform, rebuild and load{what}", disk["pause"], "s")
     yield row(f"live over checkpoint{what}", live["pause"] / disk["pause"])
+    if away is not None:
+        same = away["fingerprints"] == disk["fingerprints"]
+        yield row(f"state after the live switch by way of host memory{what}", "equal" if same else "DIFFERS",
+                  goal="equal bit for bit", met=same, check=True)  # fmt: skip
+        yield row(f"pause by way of host memory over the live switch's{what}", away["pause"] / live["pause"])
+        if torch.cuda.is_available():
+            yield row(f"peak memory by way of host memory{what}", away["switch_peak"] / 2**30, "GiB")
 
 
 def largest(live: dict[str, Any], what: str) -> Iterator[dict[str, Any]]:
@@ -82,6 +152,8 @@ def largest(live: dict[str, Any], what: str) -> Iterator[dict[str, Any]]:
         ratio = live["switch_peak"] / live["steady_peak"]
         yield row(f"{what}: peak memory at the switch", live["switch_peak"] / 2**30, "GiB")
         yield row(f"{what}: over the steady state of the larger stage", ratio, goal="at most 1.10", met=ratio <= 1.10)
+        yield row(f"{what}: most that torch held at the switch, cached blocks too", live["switch_held"] / 2**30, "GiB")
+        yield row(f"{what}: most that torch held in a step after it", live["steady_held"] / 2**30, "GiB")
 
 
 def _run_options(processes: int) -> list[str]:
@@ -104,11 +176,20 @@ def _growth(path: str, expert: int | None) -> list[str]:
 def switched(
     path: str, overrides: list[str], prefix: Path, run_dir: Path, processes: int, first: int | None = None
 ) -> dict[str, Any]:
-    """Two steps, the switch, three steps; collective.
+    """What `after_switch` finds."""
+    with after_switch(path, overrides, prefix, run_dir, processes, first) as (_, found):
+        return found
 
-    Returns:
-        Parameters `before` and `after` (all ranks together), `pause` in seconds, `moved` bytes, `fingerprints`, and on a
-        GPU the peaks of this job's fullest rank, in bytes.
+
+@contextlib.contextmanager
+def after_switch(
+    path: str, overrides: list[str], prefix: Path, run_dir: Path, processes: int, first: int | None = None
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Two steps, the switch, three steps; collective. The run is open inside, and gone afterwards.
+
+    Yields:
+        The run; and parameters `before` and `after` (all ranks together), `pause` in seconds, `moved` bytes,
+        `fingerprints`, and on a GPU the peaks of this job's fullest rank, in bytes.
     """
     settings = load_settings([
         *overrides, f"data.corpus={prefix}", f"run.dir={run_dir}", *_run_options(processes),
@@ -130,16 +211,16 @@ def switched(
     expand(run)
     synchronize()
     if cuda:
-        found["switch_peak"] = torch.cuda.max_memory_allocated()
+        found |= {"switch_peak": torch.cuda.max_memory_allocated(), "switch_held": torch.cuda.max_memory_reserved()}
         torch.cuda.reset_peak_memory_stats()
     found["fingerprints"] = take_fingerprints(run.stage.chunks, run.stage.optimizer, run.layout)
     for _ in range(3):
         run._one_step()
     if cuda:
-        found["steady_peak"] = torch.cuda.max_memory_allocated()
-    if cuda:
-        peaks = run.layout.gather_objects((found["switch_peak"], found["steady_peak"]))
-        found["switch_peak"], found["steady_peak"] = max(peaks, key=lambda peak: peak[0] / peak[1])
+        found |= {"steady_peak": torch.cuda.max_memory_allocated(), "steady_held": torch.cuda.max_memory_reserved()}
+        names = ("switch_peak", "steady_peak", "switch_held", "steady_held")
+        peaks = run.layout.gather_objects([found[name] for name in names])
+        found |= zip(names, max(peaks, key=lambda peak: peak[0] / peak[1]), strict=True)
     run.layout.barrier()
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     grown = next(e["details"] for e in events if e["event"] == "expansion")
@@ -147,9 +228,9 @@ def switched(
     found |= {"before": events[0]["details"]["parameters_total"], "after": grown["parameters_total"],
               "moved": grown.get("moved_bytes", 0)}  # fmt: skip
     found["pause"] = saving + sum(v for k, v in acts.items() if k not in ("plan", "save", "score"))
+    yield run, found
     run.close()
     run.stage.release()
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
-    return found
