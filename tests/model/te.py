@@ -43,11 +43,11 @@ def layout(**sizes: int) -> Any:
     return Layout.create(ParallelConfig(**sizes), seed=3)
 
 
-def built(kind: str, network: dict[str, Any], layout: Any, experts: int = 4) -> list[Any]:
-    """Chunks of a small network with layers of a kind, in bf16."""
+def built(kind: str, network: dict[str, Any], layout: Any, experts: int = 4, precision: str = "bf16") -> list[Any]:
+    """Chunks of a small network with layers of a kind."""
     from model.config import ModelConfig
 
-    chunks = built_as(kind, ModelConfig(**(SIZES | network)), layout, experts)
+    chunks = built_as(kind, ModelConfig(**(SIZES | network)), layout, experts, precision=precision)
     name = {"te": "TEGroupedMLP", "grouped": "GroupedExperts", "sequential": "SequentialMLP"}[kind]
     found = {type(part.layer.experts).__name__ for part in moe_layers(chunks)}
     assert found <= {name}, found
@@ -60,8 +60,10 @@ def moe_layers(chunks: list[Any]) -> list[Any]:
     return moe_parts(chunks)
 
 
-def built_as(kind: str, model: Any, layout: Any, experts: int, vocab_size: int = 64) -> list[Any]:
-    """Chunks of any network with layers of a kind, in bf16."""
+def built_as(
+    kind: str, model: Any, layout: Any, experts: int, vocab_size: int = 64, precision: str = "bf16"
+) -> list[Any]:
+    """Chunks of any network with layers of a kind."""
     from model import build
     from parallel.compat import forget_models
 
@@ -71,7 +73,9 @@ def built_as(kind: str, model: Any, layout: Any, experts: int, vocab_size: int =
         # All that Transformer Engine's constructors ask of the device.
         mock.patch.object(torch.cuda, "is_available", return_value=kind == "te"),
     ):
-        return build.build_chunks(model, experts, layout, vocab_size=vocab_size, sequence_length=32, precision="bf16")
+        return build.build_chunks(
+            model, experts, layout, vocab_size=vocab_size, sequence_length=32, precision=precision
+        )
 
 
 @contextlib.contextmanager
@@ -96,9 +100,14 @@ def optimizer(chunks: list[Any], *, distributed: bool = True) -> Any:
 
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
-    wrapped = [DistributedDataParallel(config=config, ddp_config=ddp, module=Float16Module(config, c)) for c in chunks]
+    inside = [Float16Module(config, c) if config.bf16 else c for c in chunks]
+    wrapped = [DistributedDataParallel(config=config, ddp_config=ddp, module=module) for module in inside]
     options = OptimizerConfig(
-        optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=distributed
+        optimizer="adam",
+        lr=1e-3,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=distributed,
     )
     return get_megatron_optimizer(options, wrapped)
 
@@ -176,3 +185,15 @@ def views(optimizer: Any) -> list[Any]:
 def wrapped_of(optimizer: Any) -> list[Any]:
     """The chunks of an optimizer of mcore in their DDP."""
     return list(optimizer.chained_optimizers[0].model_chunks)
+
+
+def held_weights(chunks: list[Any], layout: Any) -> dict[str, torch.Tensor]:
+    """Key -> what this rank holds of a weight, in one piece, fp32."""
+    from model import holdings
+
+    with mock.patch.object(holdings, "optimizer_views", lambda optimizer: ()):
+        state = holdings.describe_stage(chunks, None, layout, moments=False)
+    return {
+        key: torch.cat([state.view(key, box).detach().float().reshape(-1) for box in holding.boxes])
+        for key, holding in state.holdings().items()
+    }

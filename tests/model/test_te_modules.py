@@ -78,6 +78,32 @@ def test_checkpoints_interchange_in_layouts(network: str, sizes: dict[str, int],
 
 
 @te.its_adam()
+def _over_context(folder: str, network: dict[str, Any]) -> None:
+    from model.sharded_state import load_tensors, save_tensors
+
+    found = {}
+    for name, sizes in (("context", dict(context=2)), ("data", {})):
+        layout = te.layout(**sizes)
+        chunks = te.built("te", network, layout)
+        optimizer = te.optimizer(chunks)
+        te.fill(chunks, optimizer, layout)
+        found[name] = te.state(chunks, optimizer, layout)
+        save_tensors(Path(folder) / name, chunks, optimizer, layout)
+    assert found["context"] == found["data"]
+    for name, written in (("context", "data"), ("data", "context")):
+        layout = te.layout(**(dict(context=2) if name == "context" else {}))
+        chunks = te.built("te", network, layout)
+        optimizer = te.optimizer(chunks)
+        load_tensors(Path(folder) / written, chunks, optimizer, layout, step=7)
+        assert te.state(chunks, optimizer, layout) == found[name]
+
+
+@pytest.mark.parametrize("network", ["gqa", "mla"])
+def test_sequences_over_ranks_change_nothing_of_what_is_held(network: str, tmp_path: Path) -> None:
+    run_distributed(_over_context, 2, str(tmp_path), te.NETWORKS[network])
+
+
+@te.its_adam()
 def _switch(sizes: dict[str, int]) -> None:
     from model.config import ModelConfig
     from model.holdings import describe_stage

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from parallel.transformer_engine import have_transformer_engine
 from tests.distributed import run_distributed
@@ -182,3 +183,54 @@ def test_the_same_is_seen_of_a_network_in_any_modules(network: str, layout: str,
             assert {k: v is None for k, v in siblings.items()} == {k: v is None for k, v in of_others.items()}
             _close({k: v for k, v in theirs.items() if k != "siblings"}, other)
         assert theirs["counts"]["parameters_total"] == theirs["planned"]["total"]
+
+
+def _drawn(network: dict[str, Any], sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Fingerprints of weights as they are drawn, with mean and deviation of what this rank holds of them, per kind."""
+    found: dict[str, dict[str, Any]] = {}
+    layout = te.layout(**sizes)
+    for kind in ("te", "sequential"):
+        chunks = te.built(kind, network, layout)
+        # Refuses replicas that were drawn apart.
+        sums = te.state(chunks, None, layout)
+        found[kind] = {
+            key: {
+                "sums": sums[key],
+                "numel": held.numel(),
+                "mean": held.mean().item(),
+                "std": held.std().item(),
+                "held": held,
+            }
+            for key, held in te.held_weights(chunks, layout).items()
+        }
+    return found
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(tensor=2, expert=2), dict(tensor=2, expert_tensor=2)], ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_are_drawn_as_in_mcores_own_layers(network: str, sizes: dict[str, int]) -> None:
+    ranks = run_distributed(_drawn, 2 if sizes else 1, NETWORKS[network], sizes)
+    for found in ranks:
+        assert found["te"].keys() == found["sequential"].keys()
+        for key, drawn in found["te"].items():
+            other = found["sequential"][key]
+            assert drawn["numel"] == other["numel"] or "down_proj" in key, key
+            if "layer_norm" in key or "layernorm" in key:
+                assert drawn["sums"] == other["sums"], key
+            elif drawn["numel"] > 256:
+                # Both are drawn from one distribution: 5 standard errors of mean and deviation.
+                error = 5 * other["std"] / drawn["numel"] ** 0.5
+                assert abs(drawn["mean"] - other["mean"]) < 2 * error and abs(drawn["std"] - other["std"]) < error, key
+            if ".experts." in key:
+                assert len(set(drawn["sums"])) == 4, f"{key}: experts were drawn alike"
+    cut = (
+        "linear_qkv",
+        "linear_q_up",
+        "linear_proj",
+        "word_embeddings",
+        *((".experts.",) if sizes.get("expert_tensor") else ()),
+    )
+    if sizes:
+        for key, drawn in ranks[0]["te"].items():
+            if any(name in key for name in cut) and "norm" not in key:
+                assert not torch.equal(drawn["held"], ranks[1]["te"][key]["held"]), f"{key}: its parts were drawn alike"

@@ -55,15 +55,17 @@ def _tensors(chunks: list[Any], optimizer: Any, layout: Any) -> dict[str, torch.
     from model.holdings import describe_stage
 
     state = describe_stage(chunks, optimizer, layout, moments=True)
-    return {
-        f"{key} {box.offset}": state.view(key, box).double().clone()
-        for key, holding in state.holdings().items()
-        for box in holding.boxes
-        if not key.startswith("weight/")
-    }
+    found = {}
+    for key, holding in state.holdings().items():
+        for box in holding.boxes:
+            tensor = state.view(key, box)
+            # An fp32 weight is its own master; one in bf16 follows from it.
+            if tensor.dtype == torch.float32 and "expert_bias" not in key:
+                found[f"{key.replace('weight/', 'param/', 1)} {box.offset}"] = tensor.double().clone()
+    return found
 
 
-def _story(folder: str, sizes: dict[str, int], distributed: bool, rule: str) -> dict[str, Any]:
+def _story(folder: str, sizes: dict[str, int], distributed: bool, rule: str, precision: str) -> dict[str, Any]:
     """Train, grow in memory by a rule, train on, with a checkpoint on the way; once more from the checkpoint."""
     from model.config import ModelConfig
     from model.holdings import describe_stage
@@ -84,7 +86,7 @@ def _story(folder: str, sizes: dict[str, int], distributed: bool, rule: str) -> 
     )  # fmt: skip
 
     def fresh(experts: int) -> tuple[list[Any], Any]:
-        chunks = te.built("te", NETWORK, layout, experts)
+        chunks = te.built("te", NETWORK, layout, experts, precision)
         return chunks, te.optimizer(chunks, distributed=distributed)
 
     small, optimizer = fresh(4)
@@ -135,10 +137,12 @@ def _story(folder: str, sizes: dict[str, int], distributed: bool, rule: str) -> 
     }
 
 
-def _both(folder: str, sizes: dict[str, int], distributed: bool, rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _both(
+    folder: str, sizes: dict[str, int], distributed: bool, rule: str, precision: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     with te.its_adam():
-        theirs = _story(f"{folder}/theirs", sizes, distributed, rule)
-    return theirs, _story(f"{folder}/torchs", sizes, distributed, rule)
+        theirs = _story(f"{folder}/theirs", sizes, distributed, rule, precision)
+    return theirs, _story(f"{folder}/torchs", sizes, distributed, rule, precision)
 
 
 def _fresh_adam(start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -153,7 +157,7 @@ def _fresh_adam(start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Ten
 def _young(folder: str) -> float:
     """How far replicas that were reset are from an Adam of their own, over the length of an update."""
     with te.its_adam():
-        found = _story(folder, {}, True, "reset")
+        found = _story(folder, {}, True, "reset", "bf16")
     (layer, young), worst = next(iter(found["young"].items())), 0.0
     key = f"param/decoder.layers.{layer - 1}.mlp.experts.experts.linear_fc2.weight"
     for expert in young:
@@ -171,23 +175,26 @@ def test_reset_replicas_step_as_an_adam_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "distributed", "rule"),
+    ("sizes", "distributed", "rule", "precision"),
     [
-        ({}, True, "copy"),
-        ({}, True, "reset"),
-        ({}, True, "reset_momentum"),
-        ({}, True, "scale"),
-        ({}, False, "reset"),
-        ({"expert": 2}, True, "reset"),
-        ({"tensor": 2, "expert_tensor": 2}, True, "reset"),
+        ({}, True, "copy", "bf16"),
+        ({}, True, "reset", "bf16"),
+        ({}, True, "reset_momentum", "bf16"),
+        ({}, True, "scale", "bf16"),
+        ({}, False, "reset", "bf16"),
+        ({}, False, "reset", "fp32"),
+        ({}, True, "reset", "fp32"),
+        ({"expert": 2}, True, "reset", "bf16"),
+        ({"expert": 2}, False, "reset", "bf16"),
+        ({"tensor": 2, "expert_tensor": 2}, True, "reset", "bf16"),
     ],
     ids=str,
 )
 def test_its_adam_goes_through_the_switch_as_torchs_does(
-    sizes: dict[str, int], distributed: bool, rule: str, tmp_path: Path
+    sizes: dict[str, int], distributed: bool, rule: str, precision: str, tmp_path: Path
 ) -> None:
     ranks = 2 if sizes else 1
-    for theirs, torchs in run_distributed(_both, ranks, str(tmp_path), sizes, distributed, rule):
+    for theirs, torchs in run_distributed(_both, ranks, str(tmp_path), sizes, distributed, rule, precision):
         assert theirs["its"] and not torchs["its"]
         for when in ("start", "end", "model_only"):
             assert theirs[when].keys() == torchs[when].keys()
