@@ -36,6 +36,10 @@ def test_without_fp8_any_size_will_do() -> None:
     load_settings([*_BASE, "model.fp8=none", "model.expert_ffn_hidden_size=40", "run.precision=fp32"], 2)
     check_device("none", "mxfp8", (7, 0), "NVIDIA V100")
     assert mcore_fields(ModelConfig()) == {}
+    # mcore cannot have the router pad under allgather; the experts do.
+    padding = "moe_router_padding_for_quantization"
+    assert padding in mcore_fields(ModelConfig(fp8="hybrid", dispatcher="alltoall"))
+    assert padding not in mcore_fields(ModelConfig(fp8="hybrid", dispatcher="allgather"))
 
 
 def test_a_device_that_cannot_is_told_what_it_can() -> None:

@@ -63,6 +63,22 @@ def test_each_part_is_computed_again_by_its_layers(part: str, recipe: str | None
     assert dense == (not of_experts) or part == "layernorm"
 
 
+def _padded(dispatcher: str, fp8: dict[str, str]) -> tuple[bool, bool]:
+    """Whether the router, or the experts of a layer, make numbers of tokens that 8-bit products take."""
+    card = dict(get_device_capability=lambda *a: (9, 0), get_device_name=lambda *a: "NVIDIA H100")
+    with mock.patch.multiple(torch.cuda, **card):
+        (chunk,) = te.built("te", te.NETWORKS["gqa"] | {"dispatcher": dispatcher} | fp8, te.layout())
+    experts = chunk.decoder.layers[1].mlp.experts
+    return bool(chunk.config.moe_router_padding_for_quantization), hasattr(experts, "quantization_padding")
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_numbers_of_tokens_fit_8_bit_products_under_each_dispatcher(dispatcher: str) -> None:
+    [(by_router, by_experts)] = run_distributed(_padded, 1, dispatcher, {"fp8": "hybrid", "fp8_recipe": "blockwise"})
+    assert by_router == (dispatcher == "alltoall")
+    assert by_router or by_experts
+
+
 def _asked(network: str) -> list[dict[str, Any]]:
     """What the core attention of each layer hands to Transformer Engine for documents end to end."""
     from transformer_engine.pytorch import DotProductAttention
