@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from parallel.flight_recorder import flight_recorder
+
 DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -11,9 +13,8 @@ DEFAULTS = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # mcore starts communication before the computation that hides it, which needs one hardware queue before Blackwell.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # The flight recorder: what each rank was waiting for when a collective timed out.
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    # Where its files go is for the run to say, which knows its folder (`parallel/layout.py`).
+    **flight_recorder(None),
 }
 # Newer names of the same settings. torch prefers the older one, so what a user gave under the newer is to be its value.
 NEWER = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from parallel.errors import LaunchError
 
 _PREFIX = "nccl-trace-rank-"
@@ -46,6 +44,9 @@ def record_path(rank: int | str) -> Path:
 
 def _dump() -> Callable[[], bytes] | None:
     """What gives the record of this process; None where torch keeps none (of gloo, older ones)."""
+    # Here and not above: a launcher that only wants the variables has no use for torch.
+    import torch
+
     ours: Any = torch._C._distributed_c10d
     nccl = getattr(ours, "_dump_nccl_trace", None) if torch.cuda.is_available() else None
     return nccl or getattr(ours, "_dump_fr_trace", None)
