@@ -1,6 +1,7 @@
 """`make gpu-check` on CPU with tiny shapes: every section's code runs, its checks hold, failures are told."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,23 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu import SECTIONS, WHOLE
+from tests.simulated_gpu.launch import environment
+from tests.simulated_gpu.library import can_compile
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SCRIPT = _ROOT / "benchmarks" / "gpu_check.py"
 
 
-def _check(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+def _check(
+    tmp_path: Path, *arguments: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     output = tmp_path / "result.json"
     done = subprocess.run(
-        [sys.executable, str(_SCRIPT), *arguments, "--output", str(output)], capture_output=True, text=True, timeout=500
+        [sys.executable, str(_SCRIPT), *arguments, "--output", str(output)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     return done, json.loads(output.read_text()) if output.exists() else {}
 
@@ -46,6 +55,19 @@ def test_all_sections_run(tmp_path: Path) -> None:
     rows = [row for section in result["sections"].values() for row in section["rows"]]
     assert len(rows) > 25 and all(row["met"] for row in rows if row["check"])
     assert set(SECTIONS) - set(result["sections"]) == {"several"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="needs g++ and a torch without CUDA")
+def test_all_sections_but_faults_run_on_simulated_gpus(tmp_path: Path) -> None:
+    # What `faults` fills is the memory of a whole card.
+    names = ",".join(name for name in SECTIONS if name != "faults")
+    done, result = _check(tmp_path, "--small", "--sections", names, **environment(gpus=2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = _rows(result)
+    assert result["card"].startswith("NVIDIA") and rows["cards"]["value"] == 2
+    assert rows["state after the live switch and after the checkpoint path, EP 1 to 2"]["value"] == "equal"
+    assert rows["largest that fits: peak memory at the switch"]["value"] > 0
 
 
 @pytest.mark.slow

@@ -7,5 +7,6 @@ What it finds: operands on different devices; data taken to the host without ask
 count it on a GPU (`torch.cuda.memory_allocated`); running out of it; every place where the host waits for the device.
 What it cannot find: wrong kernels, order between streams, NCCL (gloo carries the bytes), Transformer Engine, speed.
 
-How to use: `run_on_gpus` in `tests/simulated_gpu/launch.py`. It needs g++; `device.cpp` is compiled once and kept.
+How to use: `run_on_gpus` in `tests/simulated_gpu/launch.py` makes a whole run; `environment(gpus)` gives any other program
+such GPUs. It needs g++; `device.cpp` is compiled once and kept.
 """

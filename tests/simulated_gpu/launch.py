@@ -34,6 +34,16 @@ class RankOnGpu:
     switch_peaks: list[int]
 
 
+def environment(gpus: int) -> dict[str, str]:
+    """Variables with which any program, and what it starts, sees a machine with so many simulated GPUs."""
+    paths = [str(Path(__file__).with_name("site")), str(_ROOT)]
+    return {
+        "SIMULATED_GPU": str(library.compiled()),
+        "SIMULATED_GPUS": str(gpus),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+
+
 def run_on_gpus(
     overrides: list[str], folder: Path, processes: int = 1, *, limit: int = 0, timeout: float = 300
 ) -> list[RankOnGpu]:

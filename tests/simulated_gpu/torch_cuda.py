@@ -107,7 +107,7 @@ def _replacements(waits: Waits, stream: _Stream) -> dict[str, Any]:
         "init": lambda: None,
         "_lazy_init": lambda: None,
         "_lazy_call": lambda call, **options: call(),
-        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "device_count": lambda: int(os.environ.get("SIMULATED_GPUS") or os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "get_device_name": lambda device=None: NAME,
@@ -136,6 +136,7 @@ def _replacements(waits: Waits, stream: _Stream) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda device_=None: device.reset_peak(),
         "mem_get_info": lambda device_=None: (_BYTES - device.held(), _BYTES),
         "memory_stats": lambda device_=None: collections.defaultdict(int),
+        "set_per_process_memory_fraction": lambda share, device_=None: limit_bytes(int(share * _BYTES)),
         # Pinning: ordinary memory is as good here.
         "cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *a: 0, cudaHostUnregister=lambda *a: 0),
         "check_error": lambda code: None,
