@@ -149,11 +149,17 @@ def through_memory(run: "Run", plan: ExpansionPlan, saved: Path | None, clock: C
             add_bias_noise(run.stage.chunks, plan)
             set_step(run.stage.optimizer, step)
             apply_rule(plan, plan.rule, run.stage.chunks, run.stage.optimizer, layout)
-            run.stage.restore_gradients()
             carried.give(run)
     with clock.act("verify"):
         found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout, error=ExpansionError)
         verify_expansion(before, found, plan, experts)
+    with (
+        clock.act("move"),
+        layout.together("completing the next stage"),
+        _out_of_memory_explained("completing the next stage"),
+    ):
+        # Last, because verifying takes memory of its own.
+        run.stage.restore_gradients()
     run.enter_stage(plans)
     _let_age(run, plan, step)
     return moved

@@ -35,8 +35,8 @@ def test_a_run_grows_waits_where_it_must_and_holds_nothing_twice(tmp_path: Path)
     own = {place for place in rank.waits_in_steps if "token_dispatcher.py" not in place and "moe_utils.py" not in place}
     assert own == _WAITS
     assert all(rank.waits_in_steps[place] == 6 for place in own)
-    # The goal of the live switch: at most a tenth above what the larger stage takes anyway.
-    assert rank.switch_peaks[0] <= 1.10 * max(rank.step_peaks[3:])
+    # The goal of the live switch is at most a tenth above this; it has no activations, and gradients when all else is done.
+    assert rank.switch_peaks[0] <= max(rank.step_peaks[3:])
     # Stages leave nothing behind.
     assert len(set(rank.held[:3])) == len(set(rank.held[3:])) == 1
     here = [*SMALL, *_WIDE, f"data.corpus={small_corpus(tmp_path)}", f"run.dir={tmp_path / 'cpu'}"]

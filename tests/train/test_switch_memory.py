@@ -144,7 +144,7 @@ def test_a_switch_and_a_load_stay_below_the_larger_stage(
         assert move - beside <= said.peak + slack
         # It ends with the new stage, ready to train.
         ready = _idle(new) + new.gradients
-        assert switch - beside <= max(said.peak, ready + _FINGERPRINT_ROOM) + slack
+        assert switch - beside <= max(said.peak, _idle(new) + _FINGERPRINT_ROOM, ready) + slack
         assert switch <= 1.10 * switched["step"][-1][1]
         (opened, load) = resumed["load"][0]
         beside = opened - new.weights - new.gradients - new.masters
