@@ -29,7 +29,7 @@ def flight_recorder(records: Path | None) -> dict[str, str]:
     Args:
         records: folder for what it writes, `nccl-trace-rank-R`; None leaves torch's (/tmp).
     """
-    found = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    found = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     if records is not None:
         # Torch adds the rank. The second name is the older one.
         prefix = f"{records.absolute()}/{_PREFIX}"
