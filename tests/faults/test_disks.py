@@ -90,6 +90,8 @@ def _train_on_a_slow_disk(overrides: list[str]) -> list[tuple[str, int, int, flo
     return saves
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_a_disk_slower_than_the_saves(corpus: Path, whole: Path, tmp_path: Path) -> None:
     """A save outlasts the interval: training goes on until the next one is due, which waits, and nothing else changes."""
     run_dir = tmp_path / "run"

@@ -186,6 +186,8 @@ def _train_without_an_agent(overrides: list[str]) -> str:
     return train_here(overrides)
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_an_agent_that_dies_before_the_first_step_holds_nobody_up(corpus: Path, tmp_path: Path) -> None:
     """Connecting to a store that is gone takes as long as one is patient."""
     words = [*_run(corpus, tmp_path / "run"), "health.hang_seconds=20"]

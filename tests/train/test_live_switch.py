@@ -160,7 +160,7 @@ def _train_and_break(runs: list[list[str]], rank: int, act: str) -> list[str]:
     return reasons + train_in_turn(runs[-1:])
 
 
-@pytest.mark.parametrize("act", ["begin", pytest.param("view", marks=pytest.mark.slow), "end"])
+@pytest.mark.parametrize("act", ["begin", *(pytest.param(act, marks=pytest.mark.slow) for act in ("view", "end"))])
 def test_a_rank_that_fails_in_the_middle(act: str, corpus: Path, tmp_path: Path) -> None:
     """Every rank ends with a clear error at once; the run directory is whole, and the run continues from before."""
     base = [*SMALL, "run.steps=4", _stages(_TWICE + ", parallel: {expert: 4}"), "parallel.expert=2",
