@@ -62,7 +62,7 @@ def _nearest_by_last_word(word: str) -> str:
     """`nearest` for a key without its group; of an element of a list in a preset OmegaConf leaves out where it is."""
     lasts = {f.name: f.name for cls in _ELEMENTS for f in dataclasses.fields(cls)}
     lasts |= {key.rsplit(".", 1)[-1]: key for key in known_keys()}
-    (close,) = difflib.get_close_matches(word, lasts, n=1, cutoff=0.5) or [""]
+    (close,) = difflib.get_close_matches(word, lasts, n=1, cutoff=0.7) or [""]
     return f"; did you mean {lasts[close]}?" if close else ""
 
 
