@@ -116,7 +116,8 @@ def test_siblings_part_in_weights_moments_and_routing(runs: dict[str, Any]) -> N
     assert all(before[key] is None for key in keys)
     assert after["sibling_divergence"]["max"] < 1e-6 < end["sibling_divergence"]["min"]
     assert after["sibling_moment_divergence"]["max"] < 1e-6 < end["sibling_moment_divergence"]["min"]
-    assert after["routing_agreement"]["min"] > 1 - 1e-6 > end["routing_agreement"]["max"] > 0.9
+    # Not all of them: whose rows of the router have hardly moved in three steps depends on the text.
+    assert after["routing_agreement"]["min"] > 1 - 1e-6 > end["routing_agreement"]["min"] > 0.9
 
 
 def test_entropy_of_a_router_that_has_decided() -> None:
