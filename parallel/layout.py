@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel import errors
 from parallel.config import ParallelConfig
-from parallel.devices import refuse_mixed, refuse_too_few, refuse_unlike
+from parallel.devices import empty_cache, refuse_mixed, refuse_too_few, refuse_unlike
 from parallel.errors import CoppiceError, LaunchError
 from parallel.flight_recorder import flight_recorder
 from parallel.graphs import leave_default_stream, seed_replayed_streams
@@ -212,9 +212,7 @@ class Layout:
         # Sockets and threads of a gloo group live as long as anything refers to it.
         self.groups = ProcessGroupCollection()
         _destroy_groups()
-        if self.device.type == "cuda":
-            # NCCL allocates past torch: blocks that torch keeps cached are no use to the new communicators.
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
         return Layout.create(config, seed, graphs=self.graphs)
 
     def seed_streams(self, seed: int) -> None:

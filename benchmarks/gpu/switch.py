@@ -21,6 +21,7 @@ from parallel.compat import prepare_megatron
 prepare_megatron()
 
 from model.fingerprint import take_fingerprints  # noqa: E402
+from parallel.devices import empty_cache  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 from parallel.optimizer_state import get_step  # noqa: E402
 from train.data.stream import open_corpora  # noqa: E402
@@ -232,5 +233,4 @@ def after_switch(
     run.close()
     run.stage.release()
     gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    empty_cache(run.layout.device)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.rows import corpus, fitting, row, synchronize
+from benchmarks.gpu.rows import corpus, device, fitting, row, synchronize
 from parallel.compat import prepare_megatron
 from parallel.transformer_engine import have_transformer_engine
 
 prepare_megatron()
 
 from benchmarks.step_overhead import paired_seconds  # noqa: E402
-from parallel.devices import device_peak  # noqa: E402
+from parallel.devices import device_peak, empty_cache  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 from train.data.stream import open_corpora  # noqa: E402
 from train.run import Run  # noqa: E402
@@ -73,8 +73,7 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
                 rate[network, kind] = 0.0
                 yield row(f"{network}, {kind}", f"out of memory: {str(e).splitlines()[0]}")
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache(device())
             if kind == "grouped" and rate.get((network, "te")) and rate[network, kind]:
                 ratio = rate[network, kind] / rate[network, "te"]
                 yield row(f"{network}: ours (torch's attention) over Transformer Engine's, throughput of the whole model",

@@ -1,4 +1,4 @@
-"""Compiles `device.cpp` against the installed torch, and loads it. Imports no torch: it has to be there first."""
+"""Compiles `device.cpp` against the installed torch, and starts it. Imports no torch above: the library has to be there first."""
 
 import ctypes
 import hashlib
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _SOURCE = Path(__file__).with_name("device.cpp")
 
@@ -49,6 +50,20 @@ def load(path: Path) -> None:
     for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_torch() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def start(path: Path) -> Any:
+    """Load the library, import torch, and make its device that of this process; before anything else imports torch.
+
+    Returns:
+        Where the host waits from now on (`torch_cuda.Waits`).
+    """
+    load(path)
+    # mcore compiles its small functions when it is imported.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    from tests.simulated_gpu import torch_cuda
+
+    return torch_cuda.install()
 
 
 def _torch() -> Path:

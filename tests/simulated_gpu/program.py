@@ -4,7 +4,6 @@ Writes to ANSWER, as JSON, how the run ended and what it did with the device.
 """
 
 import json
-import os
 import sys
 import warnings
 from collections import Counter
@@ -16,19 +15,16 @@ from tests.simulated_gpu import library
 def main() -> None:
     """Run, and tell."""
     path, answer, limit, *overrides = sys.argv[1:]
-    # Only then: torch asks once which devices there are, and mcore compiles its small functions when it is imported.
-    library.load(Path(path))
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     warnings.filterwarnings("ignore")
-    from tests.simulated_gpu import torch_cuda
-
-    waits = torch_cuda.install()
+    waits = library.start(Path(path))
+    # Only then.
     from unittest import mock
 
     import torch
 
     from parallel import cpu_runtime
     from parallel.compat import prepare_megatron
+    from tests.simulated_gpu.torch_cuda import limit_bytes
     from tests.train.trainer import train_here
 
     prepare_megatron()
@@ -54,7 +50,7 @@ def main() -> None:
 
         return call
 
-    torch_cuda.limit_bytes(int(limit))
+    limit_bytes(int(limit))
     with (
         mock.patch.object(run, "optimizer_step", measured("step", run.optimizer_step)),
         mock.patch.object(expansion, "through_memory", measured("switch", expansion.through_memory)),

@@ -11,8 +11,4 @@ if "SIMULATED_GPU" in os.environ:
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
     from tests.simulated_gpu import library
 
-    library.load(Path(os.environ["SIMULATED_GPU"]))
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    from tests.simulated_gpu import torch_cuda
-
-    torch_cuda.install()
+    library.start(Path(os.environ["SIMULATED_GPU"]))
