@@ -11,26 +11,26 @@ import pytest
 
 from parallel.errors import ConfigError, DataError
 from tests.distributed import run_distributed
+from tests.train.texts import write_texts
 from tests.train.trainer import SMALL, events, rewrite_manifest, small_corpus, train_here, train_in_turn
 from train import job
 from train.corpus.build import CorpusRequest, build_corpus
 from train.data.manifest import load_manifest
 from train.evaluate import main
 
-_ROOT = Path(__file__).resolve().parents[2]
 
-
-def _corpus(prefix: Path, *inputs: str, **options: Any) -> Path:
-    request = CorpusRequest(inputs=tuple(str(_ROOT / name) for name in inputs), output=str(prefix), **options)
+def _corpus(prefix: Path, text: Path, **options: Any) -> Path:
+    request = CorpusRequest(inputs=(str(text),), output=str(prefix), **options)
     build_corpus(request, say=lambda line: None)
     return prefix
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Python, and the prose of the user guide."""
+    """Two kinds of text."""
     folder = tmp_path_factory.mktemp("corpora")
-    return small_corpus(folder), _corpus(folder / "prose", "docs", validation_fraction=0.1)
+    prose = write_texts(folder / "prose-texts", "prose")
+    return small_corpus(folder), _corpus(folder / "prose", prose, validation_fraction=0.1)
 
 
 def _sets(*entries: str) -> str:
@@ -132,7 +132,7 @@ def test_the_command_finds_what_the_run_logged(
 def test_without_held_out_text_the_first_named_set_is_the_validation_loss(
     corpora: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    code = _corpus(tmp_path / "all", "train", validation_fraction=0.0)
+    code = _corpus(tmp_path / "all", write_texts(tmp_path / "all-texts"), validation_fraction=0.0)
     sets = _sets(f"name: prose, prefix: {corpora[1]}", f"name: code, prefix: {corpora[0]}")
     run_dir = tmp_path / "run"
     train_here([*SMALL, f"data.corpus={code}", f"run.dir={run_dir}", sets, "upcycle.stages=[]", "run.steps=3",
@@ -165,8 +165,9 @@ def test_sets_that_cannot_be_opened_are_refused_before_any_process_group(
 ) -> None:
     text = tmp_path / "short.txt"
     text.write_text("a word\n" * 3)
-    short = _corpus(tmp_path / "short", str(text), validation_fraction=0.0)
-    other = _corpus(tmp_path / "other", "docs", tokenizer="bpe:300", validation_fraction=0.3)
+    short = _corpus(tmp_path / "short", text, validation_fraction=0.0)
+    others = write_texts(tmp_path / "other-texts", "prose", documents=20)
+    other = _corpus(tmp_path / "other", others, tokenizer="bpe:300", validation_fraction=0.3)
     cases = [
         (tmp_path / "none", "valid", r"sets\[0\] \(odd\): prefix=.*none: there is no corpus"),
         (short, "valid", r"sets\[0\] \(odd\): prefix=.*short holds 0 tokens in its valid split, fewer than one sample"),

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 from parallel.compat import prepare_megatron
+from tests.train.texts import write_texts
 from train.corpus.build import CorpusRequest, build_corpus
 from train.job import run_settings
 from train.settings import load_settings
@@ -23,12 +24,12 @@ SMALL = [
 
 
 def small_corpus(folder: Path) -> Path:
-    """A corpus of real text, this project's own sources: enough for every small run."""
+    """A corpus of bytes, of a fixed text of half a megabyte: enough for every small run."""
     prefix = folder / "corpus"
     if not Path(f"{prefix}.json").exists():
-        root = Path(__file__).resolve().parents[2]
-        build_corpus(CorpusRequest(inputs=(str(root / "train"), str(root / "model")), output=str(prefix),
-                                   validation_fraction=0.2), say=lambda line: None)  # fmt: skip
+        texts = write_texts(folder / "corpus-texts")
+        request = CorpusRequest(inputs=(str(texts),), output=str(prefix), validation_fraction=0.2)
+        build_corpus(request, say=lambda line: None)
     return prefix
 
 
