@@ -249,6 +249,11 @@ class ModelConfig:
             raise ConfigError(f"model.num_experts={self.num_experts}: use 0 for a dense model, or 2 and more experts")
         if self.top_k > self.num_experts:
             raise ConfigError(f"model.top_k={self.top_k} is above model.num_experts={self.num_experts}: lower top_k")
+        if self.linear_bias and self.shared_expert_ffn_hidden_size:
+            raise ConfigError(
+                f"model.linear_bias=true cannot be combined with model.shared_expert_ffn_hidden_size="
+                f"{self.shared_expert_ffn_hidden_size}: mcore's shared experts have no biases; use null, or no biases"
+            )
         if not self.moe_layer_numbers():
             raise ConfigError(
                 f"model.dense_first={self.dense_first}, model.dense_last={self.dense_last} and "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from model.alignment import check_grouped
+from model.biases import check_biases
 from model.config import ModelConfig, divides
 from model.context_parallel import check_context
 from model.fp8 import check_sizes
@@ -181,6 +182,7 @@ class RunSettings:
             parallel.expert_tensor,
         )
         check_grouped(model, parallel, self.run.precision, keys)
+        check_biases(model, parallel, keys)
         tensor, pipeline, virtual = keys["tensor"], keys["pipeline"], keys["virtual_pipeline"]
         divides("model.attention_heads", model.attention_heads, tensor, parallel.tensor)
         if model.kv_heads is not None and model.kv_heads % parallel.tensor and parallel.tensor % model.kv_heads:
