@@ -236,6 +236,17 @@ def test_empty_documents_are_skipped_and_counted_and_marks_dropped(
     assert sorted(bytes(ids[:-1]) for split in ("train", "valid") for ids in stored(manifest, split)) == [b"text", b"x"]
 
 
+def test_names_in_capitals_or_of_no_alphabet_and_json_that_is_text(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"text": "line"}\n')
+    (tmp_path / "b.ndjson").write_text('{"text": "other"}\n')
+    (tmp_path / "c.json").write_text('{"text":\n"value"}\n')
+    latin = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")
+    Path(latin).write_text("drink")
+    manifest = build(tmp_path, *(str(path) for path in sorted(tmp_path.iterdir())))
+    found = sorted(bytes(ids[:-1]) for split in ("train", "valid") for ids in stored(manifest, split))
+    assert found == [b"drink", b"line", b"other", b'{"text":\n"value"}\n']
+
+
 def bad_text(name: str, content: bytes) -> Callable[[Path], list[str]]:
     def write(folder: Path) -> list[str]:
         (folder / name).write_bytes(content)
@@ -263,6 +274,7 @@ BAD = {
     "json list": (bad_text("j.jsonl", b"[1]\n"), 3, ["j.jsonl:1", "list"]),
     "no key": (bad_text("j.jsonl", b'\n{"body": "a", "id": 1}'), 3, ["j.jsonl:2", "'text'", "body, id", "--text-key"]),
     "no string": (bad_text("j.jsonl", b'{"text": null}'), 3, ["j.jsonl:1", "NoneType"]),
+    "json lines": (bad_text("j.json", b'{"text": "a"}\n{"text": "b"}\n'), 3, ["j.json:", "end in .jsonl"]),
     "surrogate": (bad_text("j.jsonl", b'{"text": "ab\\ud800"}'), 3, ["j.jsonl:1", "character 2"]),
     "unknown spec": (lambda p: ["stdlib", "--tokenizer", "words"], 2, ["--tokenizer=words", "sentencepiece:PATH"]),
     "byte with size": (lambda p: ["stdlib", "--tokenizer", "byte:3"], 2, ["byte:3"]),

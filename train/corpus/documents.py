@@ -60,6 +60,8 @@ def _read_text(piece: Piece, text_key: str) -> Iterator[Document]:
             data = stream.read(LONGEST_DOCUMENT_BYTES + 1)
             start = len(data) - len(_unmarked(data))
             text, size_bytes = _measured(_decoded(data[start:], place, start, count_lines=True), place)
+            if source.ending == ".json":
+                _refuse_lines(text, place)
         except _Fault as fault:
             yield Document(source.name, "", BAD_BYTES, str(fault))
         else:
@@ -169,6 +171,18 @@ def _json_text(line: str, place: str, key: str) -> str:
     if not isinstance(text, str):
         raise _Fault(f"{place}: key {key!r} holds a JSON {type(text).__name__} instead of a string")
     return text
+
+
+def _refuse_lines(text: str, place: str) -> None:
+    """JSON lines under a name that promises one JSON value, as some published corpora have, are no single document."""
+    lines = text.split("\n", 2)[:2]
+    try:
+        if len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines):
+            raise _Fault(
+                f"{place}: every line is a JSON object, not the file: let its name end in .jsonl (a link will do)"
+            )
+    except (ValueError, RecursionError):
+        return  # one value over several lines: text like any other
 
 
 def _measured(text: str, place: str) -> tuple[str, int]:

@@ -58,8 +58,12 @@ class Source:
     @property
     def kind(self) -> str:
         """TEXT, JSONL or PARQUET, told by the name."""
-        ending = Path(self.path.name.removesuffix(self.packed)).suffix
-        return {".jsonl": JSONL, ".parquet": PARQUET}.get(ending, TEXT)
+        return {".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}.get(self.ending, TEXT)
+
+    @property
+    def ending(self) -> str:
+        """The ending of the name, in small letters and without that of the packing."""
+        return Path(self.path.name.removesuffix(self.packed)).suffix.lower()
 
 
 def find_sources(inputs: Sequence[str], include: Sequence[str]) -> tuple[list[Source], int]:

@@ -7,6 +7,7 @@ How: train/corpus/build.py scans all parts, joins what they found, and assigns t
 """
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ def scan(documents: Iterable[Document], seed: int, skip_bad: bool = False) -> Sc
                 raise DataError(f"{document.fault} (or leave such documents out with --on-bad skip)")
             if len(faults) < SHOWN_FAULTS:
                 faults.append(document.fault)
-        digest = hashlib.blake2b(f"{seed}\0{document.name}".encode(), digest_size=16).digest()
+        # The bytes that a file's name has on the disk, which need not be UTF-8, nor what the locale makes of them.
+        digest = hashlib.blake2b(f"{seed}\0".encode() + os.fsencode(document.name), digest_size=16).digest()
         sizes.append(document.bytes)
         draws.append(int.from_bytes(digest[:8], "little"))
         draws.append(int.from_bytes(digest[8:], "little"))
