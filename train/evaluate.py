@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, CoppiceError, DataError
+from train.checkpoint.files import refuse_inside
 from train.schema.evaluation import EvaluationSet, check_set_name
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def _refuse_unwritable(arguments: argparse.Namespace) -> None:
     path, cache = arguments.json, arguments.cache
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise DataError(f"--json {path} cannot be written: name a file in a folder that exists")
+    for option, place in (("--json", path), ("--cache", cache)):
+        if place is not None:
+            refuse_inside(option, place)
     try:
         if cache is not None:
             cache.mkdir(parents=True, exist_ok=True)

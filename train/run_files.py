@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
+from train.checkpoint.files import refuse_inside
 
 # A request to stop the run, where signals do not reach its ranks.
 STOP_FILE = "stop"
@@ -60,8 +61,10 @@ class RunFiles:
 
         Raises:
             DataError: if a folder is open to everybody, or cannot be created.
+            CheckpointError: if it lies in a checkpoint.
         """
         refuse_open_folder(self.run_dir)
+        refuse_inside("run.dir", self.run_dir)
         # There is no way to ask for it without setting it.
         umask = os.umask(0o077)
         os.umask(umask | stat.S_IWOTH)

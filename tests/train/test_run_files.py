@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parallel.errors import DataError
+from parallel.errors import CheckpointError, DataError
 from train.checkpoint.folder import _deny_others
 from train.run_files import RunFiles, make_directory, raw_lines, refuse_open_folder
 from train.run_lock import lock_run
@@ -250,6 +250,20 @@ def test_a_checkpoint_is_published_writable_by_nobody_else(tmp_path: Path) -> No
     _deny_others(tmp_path)
     assert stat.S_IMODE((tmp_path / "tensors").stat().st_mode) == 0o775
     assert stat.S_IMODE((tmp_path / "tensors" / "__0_0.distcp").stat().st_mode) == 0o664
+
+
+def test_nothing_is_begun_inside_a_checkpoint(tmp_path: Path) -> None:
+    """A file more, and nothing would load it again."""
+    from train.offline.files import staged
+
+    (tmp_path / "complete.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    here = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=r"run.dir=.*run lies in the checkpoint .*outside it"):
+        RunFiles(tmp_path / "link" / "a" / "run").prepare()
+    with pytest.raises(CheckpointError, match=r"--output=.*lies in"), staged(tmp_path / "export"):
+        pass
+    assert sorted(tmp_path.iterdir()) == here
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.errors import CheckpointError
+
 if TYPE_CHECKING:
     from train.checkpoint.folder import Manifest
 
@@ -104,6 +106,25 @@ def _write(path: Path, text: str) -> None:
 def is_sealed(folder: Path) -> bool:
     """Whether a folder claims to be a complete checkpoint."""
     return (folder / MARKER).is_file()
+
+
+def refuse_inside(option: str, path: Path) -> None:
+    """Refuse to write inside a complete checkpoint: a file that does not belong to it makes it one that nothing loads.
+
+    Args:
+        option: the key or option that names the place, for the message.
+        path: what would be written, or begun.
+
+    Raises:
+        CheckpointError: if it lies in a checkpoint, or is one.
+    """
+    place = path.resolve()
+    for folder in (place, *place.parents):
+        if is_sealed(folder):
+            raise CheckpointError(
+                f"{option}={path} lies in the checkpoint {folder}, which is complete and takes no other file: name a place "
+                "outside it"
+            )
 
 
 def broken_seal(folder: Path) -> str | None:

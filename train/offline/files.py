@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
-from train.checkpoint.files import digests, file_names, seal
+from train.checkpoint.files import digests, file_names, refuse_inside, seal
 from train.checkpoint.folder import Manifest
 
 
@@ -23,7 +23,7 @@ def staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write in; takes that name at the end, or is gone if the block raises.
 
     Args:
-        output: must not exist, or be empty.
+        output: must not exist, or be empty, and lie in no checkpoint.
 
     Raises:
         CheckpointError: if there is something already, or the disk fails.
@@ -31,6 +31,7 @@ def staged(output: Path) -> Iterator[Path]:
     output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
+    refuse_inside("--output", output)
     staging = output.with_name(f"{output.name}.partial")
     try:
         shutil.rmtree(staging, ignore_errors=True)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, CoppiceError, DataError, ExpansionError
+from train.checkpoint.files import refuse_inside
 from train.offline.dense_command import add_from_dense, from_dense
 from train.settings import compose_settings, explain, stage_from_dict, to_settings
 from upcycle.plan import ExpansionPlan
@@ -216,6 +217,7 @@ def _plan_of(arguments: argparse.Namespace, path: Path, overrides: list[str]) ->
 
 def _write_plan(path: Path, plan: ExpansionPlan) -> None:
     if _rank() == 0:
+        refuse_inside("--output", path)
         try:
             path.write_text(json.dumps(plan.to_dict()))
         except OSError as e:
