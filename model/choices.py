@@ -303,7 +303,15 @@ def _graphs(at: Situation) -> list[Choice]:
     """Graphs where they were asked for; they are never chosen, because no GPU has shown yet what they are worth."""
     wish = at.performance.cuda_graphs
     engine = at.machine.has("transformer-engine")
-    refuse_graphs(at.model, wish, bf16=at.bf16, documents=at.documents, gpu=at.machine.gpu is not None, engine=engine)
+    refuse_graphs(
+        at.model,
+        wish,
+        bf16=at.bf16,
+        documents=at.documents,
+        context=at.parallel.context,
+        gpu=at.machine.gpu is not None,
+        engine=engine,
+    )
     if wish == "none":
         return []
     why = f"as set: captured after {WARMUP_STEPS} steps of the stage, and dropped before the next; not run on a GPU yet"

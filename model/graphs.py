@@ -55,7 +55,16 @@ def refuse_graph_fields(fields: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_graphs(model: Any, wish: str, *, bf16: bool, documents: bool, gpu: bool = True, engine: bool = True) -> None:
+def refuse_graphs(
+    model: Any,
+    wish: str,
+    *,
+    bf16: bool,
+    documents: bool,
+    context: int = 1,
+    gpu: bool = True,
+    engine: bool = True,
+) -> None:
     """Refuse graphs where they cannot be.
 
     Args:
@@ -63,18 +72,19 @@ def refuse_graphs(model: Any, wish: str, *, bf16: bool, documents: bool, gpu: bo
         wish: the key.
         bf16: precision of the run.
         documents: whether attention keeps documents apart.
+        context: ranks that share a sequence, in the stage that has most.
         gpu: whether there is one; True while that is not known.
         engine: whether Transformer Engine is there; True while that is not known.
 
     Raises:
         ConfigError: naming what stands in the way.
     """
-    obstacle = _obstacle(model, bf16, documents, gpu, engine) if wish != "none" else None
+    obstacle = _obstacle(model, bf16, documents, context, gpu, engine) if wish != "none" else None
     if obstacle:
         raise ConfigError(f"{KEY}={wish} cannot be here: {obstacle}: use {KEY}=none (docs/gpu.md)")
 
 
-def _obstacle(model: Any, bf16: bool, documents: bool, gpu: bool, engine: bool) -> str | None:
+def _obstacle(model: Any, bf16: bool, documents: bool, context: int, gpu: bool, engine: bool) -> str | None:
     if not gpu:
         return "it needs a GPU"
     if not engine:
@@ -85,6 +95,11 @@ def _obstacle(model: Any, bf16: bool, documents: bool, gpu: bool, engine: bool) 
         return "mcore captures inputs in bf16, and the run is fp32"
     if documents:
         return "data.document_attention=true tells attention of every batch where its documents begin, which no graph takes"
+    if context > 1:
+        return (
+            f"a context size of {context} sends keys and values between ranks on streams of their own inside attention, and "
+            "no graph of that has been seen yet"
+        )
     if model.attention == "mla":
         return (
             "model.attention=mla reads its rotation from a cache of mcore that lets go of tables, and a graph would go on "

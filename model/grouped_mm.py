@@ -181,7 +181,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         rows, weight_eNK = ctx.saved_tensors
-        grad = grad.contiguous()  # grouped_mm refuses expanded gradients, as those of a sum are
+        grad = _row_by_row(grad)
         grad_rows = _products(grad, weight_eNK, ctx.ends_e) if ctx.needs_input_grad[0] else None
         grad_weight = _weight_gradient(weight_eNK, grad, rows, ctx.ends_e) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
@@ -206,7 +206,7 @@ class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         rows, probs, weight_eNK = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = _row_by_row(grad)
         wanted = ctx.needs_input_grad[1:3]
         inputs = [t.detach().requires_grad_(want) for t, want in zip((rows, probs), wanted, strict=True)]
         with torch.enable_grad():
@@ -220,6 +220,14 @@ class _ActivatedLinear(torch.autograd.Function):
             found = iter(torch.autograd.grad(activated, differentiable, _products(grad, weight_eNK, ctx.ends_e)))
             grads = [next(found) if want else None for want in wanted]
         return None, *grads, grad_weight, None
+
+
+def _row_by_row(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient as grouped_mm takes it: expanded ones, as those of a sum are, it refuses.
+
+    `contiguous` leaves a single row's stride as it is, which may be that of a column, and is refused as well.
+    """
+    return grad.contiguous().view(-1).view(grad.shape)
 
 
 def _weight_gradient(
@@ -288,7 +296,7 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         ones = grad.new_ones(len(grad), 16 // grad.element_size())  # the narrowest row that grouped_mm takes
-        return _outer_products(ones, grad.contiguous(), ctx.groups.ends_e)[:, 0], None, None
+        return _outer_products(ones, _row_by_row(grad), ctx.groups.ends_e)[:, 0], None, None
 
 
 class _WeightedSwiGLU(torch.autograd.Function):

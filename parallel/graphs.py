@@ -187,7 +187,7 @@ class LayerGraphs:
 
         Raises:
             torch.OutOfMemoryError: if there is no room.
-            RuntimeError, AssertionError: of torch, Transformer Engine and mcore, where something cannot be captured.
+            Exception: of torch, Transformer Engine and mcore, where something cannot be captured.
         """
         began = time.perf_counter()
         # What the capture itself collects is not to count against it.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from model.alignment import check_grouped
+from model.alignment import check_grouped, check_groups
 from model.biases import check_biases
 from model.config import ModelConfig, divides
 from model.context_parallel import check_context
@@ -74,7 +74,8 @@ class RunSettings:
         self._check_documents()
         # What the machine has to say is heard later.
         graphs, bf16 = self.performance.cuda_graphs, self.run.precision == "bf16"
-        refuse_graphs(self.model, graphs, bf16=bf16, documents=self.data.document_attention)
+        context = max(self.parallel_of(stage).context for stage in range(len(self.upcycle.stages) + 1))
+        refuse_graphs(self.model, graphs, bf16=bf16, documents=self.data.document_attention, context=context)
 
     def _check_documents(self) -> None:
         """Refuse what documents that are kept apart cannot be combined with."""
@@ -122,6 +123,8 @@ class RunSettings:
         self.upcycle.check(self.model, self.parallel, self.run.steps, begun=begun, keys=names, settled=settled)
         for parallel, keys in self._later_layouts(begun, names):
             self._check_layout(world_size, parallel, keys)
+        for stage, experts in enumerate(self.upcycle.expert_counts(self.model.num_experts)):
+            check_groups(self.model, experts, self.parallel_of(stage), stage)
 
     def tokens_per_step(self) -> int:
         """Training tokens of one optimizer step."""

@@ -31,6 +31,7 @@ def wants_graphs(settings: RunSettings) -> bool:
         wish,
         bf16=settings.run.precision == "bf16",
         documents=settings.data.document_attention,
+        context=max(settings.parallel_of(stage).context for stage in range(len(settings.upcycle.stages) + 1)),
         gpu=torch.cuda.is_available(),
         engine=have_transformer_engine(),
     )
@@ -41,6 +42,9 @@ def wants_graphs(settings: RunSettings) -> bool:
 def capture_when_due(run: "Run") -> None:
     """Capture the graphs of a run's stage, if the next step is the first after its warm-up; collective.
 
+    A rank that cannot tells of it by its end: the others may wait in a collective of the capture itself, so there is none
+    in which ranks could agree. The launcher ends them, or the watchdog with this rank's words.
+
     Raises:
         LaunchError: if they cannot be captured.
         torch.OutOfMemoryError: if there is no room; explained as in a step.
@@ -48,16 +52,19 @@ def capture_when_due(run: "Run") -> None:
     graphs = run.stage.graphs
     if graphs is None or not graphs.due():
         return
+    # Nothing else of this process may be at work: a call of CUDA in another thread ends a capture.
+    run.persistence.settle()
     # The name is told where memory is not enough.
     with run.watchdog.act(f"capturing CUDA graphs ({KEY}=none needs none)"):
         try:
             made = graphs.capture()
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, AssertionError) as e:
-            first = str(e).splitlines()[0] if str(e) else type(e).__name__
+        except Exception as e:
+            # Whatever it is: of CUDA, or an argument that one library hands to another which does not know it.
             failed = LaunchError(
-                f"rank {run.layout.rank} could not capture CUDA graphs of attention ({first}): use {KEY}=none"
+                f"rank {run.layout.rank} could not capture CUDA graphs of attention ({_cause(e)}): use {KEY}=none; the run "
+                "goes on from its newest checkpoint"
             )
             # This rank knows; the others wait for it in a collective.
             failed.speaks = True
@@ -70,6 +77,14 @@ def capture_when_due(run: "Run") -> None:
         f"captured {count} CUDA graphs of attention over all ranks in {seconds:.1f} s; they hold {held / 2**20:.0f} MiB "
         "on the fullest rank"
     )
+
+
+def _cause(error: BaseException) -> str:
+    """The first error of a chain in one line: a capture that has failed fails again when it is ended, and says less."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    first = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def drop_graphs(run: "Run", reason: str) -> None:

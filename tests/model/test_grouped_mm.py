@@ -46,6 +46,15 @@ def test_adds_gradients_to_ddp_buffers(monkeypatch: pytest.MonkeyPatch, dtype: t
     torch.testing.assert_close(managed.main_grad, expected)
 
 
+def test_gradients_of_a_single_row_may_lie_anyhow() -> None:
+    # A column turned over counts as contiguous, though not for grouped_mm; a sum's is expanded.
+    rows, weight = torch.ones(1, 16), torch.nn.Parameter(torch.ones(2, 8, 16))
+    for gradient in (torch.ones(8, 1).t(), torch.ones(()).expand(1, 8)):
+        weight.grad = None
+        grouped_linear(rows, weight, group_tokens(torch.tensor([0, 1]), rows, 128)).backward(gradient)
+        assert weight.grad is not None and weight.grad[0].sum() == 0 and weight.grad[1].sum() == 128
+
+
 @pytest.mark.requires_gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_gives_what_the_cpu_gives_without_waiting() -> None:

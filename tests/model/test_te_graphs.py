@@ -201,10 +201,15 @@ class _Replay(_Graph):
 
 def _replayable(layers: tuple[Any, ...], samples: Any, **options: Any) -> tuple[_Replay, ...]:
     """In place of `make_graphed_callables`: warms every layer up as that does, for every micro-batch, and captures nothing."""
-    assert len(options["_num_layers_per_chunk"]) == 1
+    # Samples lie chunk by chunk, in each micro-batch by micro-batch.
+    sizes, micro_batches = options["_num_layers_per_chunk"], len(samples) // len(layers)
+    order, first = [], 0
+    for size in sizes:
+        order += [*range(first, first + size)] * micro_batches
+        first += size
     made = []
     for index, arguments in enumerate(samples):
-        layer = layers[index % len(layers)]
+        layer = layers[order[index]]
         assert not layer._forward_hooks and not layer._forward_pre_hooks
         (output,) = layer(*arguments, **options["sample_kwargs"][index])
         weights = list(layer.self_attention.parameters())
@@ -255,6 +260,8 @@ _OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gathe
         (2, _OVERLAP, ", parallel: {expert: 2}", 4, 4),
         # A layer per rank, with a graph for each of four micro-batches.
         (2, ["parallel.pipeline=2"], "", 8, 2),
+        # Two chunks of a layer per rank, which take turns.
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4"], "", 16, 2),
         # Half of the sequence per rank.
         (2, ["parallel.tensor=2"], "", 4, 8),
     ],

@@ -3,6 +3,9 @@
 mcore's own helper, on Transformer Engine's modules and through whole runs: tests/model/test_te_graphs.py.
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +20,9 @@ from model.choices import choose
 from model.graphs import input_bytes
 from parallel.errors import ConfigError, LaunchError
 from parallel.graphs import LayerGraphs, prepare_environment
-from tests.distributed import run_distributed
+from tests.distributed import free_port, run_distributed
 from tests.model.test_choices import _at, _h100
-from tests.train.trainer import SMALL, events, metrics, small_corpus, train_here
+from tests.train.trainer import SMALL, events, metrics, small_corpus, train_here, train_in_turn
 from train import random_state
 from train.graphs import capture_when_due, wants_graphs
 from train.settings import load_settings
@@ -51,6 +54,13 @@ _BF16 = [_ON, "run.precision=bf16", "data.corpus=none"]
 def test_settings_that_no_graph_goes_with_are_refused(changes: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_settings([*SMALL, *_BF16, *changes])
+
+
+def test_sequences_over_ranks_are_refused_in_whichever_stage() -> None:
+    later = "upcycle.stages=[{at_step: 4, parallel: {context: 2}}]"
+    for layout in (["parallel.context=2", "upcycle.stages=[]"], ["parallel.expert=2", later]):
+        with pytest.raises(ConfigError, match="cuda_graphs=attention cannot be here: a context size of 2 sends keys"):
+            load_settings([*SMALL, *_BF16, *layout], 2)
 
 
 def test_what_can_be_is_not_refused_and_what_the_machine_lacks_is() -> None:
@@ -149,19 +159,89 @@ def test_a_capture_that_fails_is_told_by_the_rank_that_knows() -> None:
             stage=SimpleNamespace(graphs=_graphs([], fails=fails, steps=0)),
             layout=SimpleNamespace(rank=3),
             watchdog=Watchdog(),
+            persistence=SimpleNamespace(settle=lambda: None),
         )
 
     failing = run(RuntimeError("operation not permitted when stream is capturing\nmore"))
     with pytest.raises(
-        LaunchError, match=r"rank 3 could not capture .* \(operation not permitted when .* capturing\)"
+        LaunchError, match=r"rank 3 could not capture .* \(RuntimeError: operation not permitted when .* capturing\)"
     ) as e:
         capture_when_due(failing)
     assert e.value.speaks and "performance.cuda_graphs=none" in str(e.value)
+    # What torch says when a capture that has failed is ended says nothing of why it did; nor need it be torch that fails.
+    ended = RuntimeError("capture was invalidated")
+    ended.__context__ = TypeError("make_graphed_callables() got an unexpected keyword argument")
+    for error in (ended, TypeError("make_graphed_callables() got an unexpected keyword argument")):
+        with pytest.raises(
+            LaunchError, match=r"\(TypeError: make_graphed_callables\(\) got an .*=none; the run goes on"
+        ):
+            capture_when_due(run(error))
     # As in a step: whoever explains a full device finds what it was at.
     full = run(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         capture_when_due(full)
     assert full.watchdog.doing == "capturing CUDA graphs (performance.cuda_graphs=none needs none)"
+
+
+# `python -c` it with a rank and overrides: a run whose capture fails on that rank, between the two barriers of mcore 0.16's.
+_FAILING = """
+import os, sys
+from tests.train import test_graphs
+sys.exit(test_graphs.main_with_a_capture_that_fails(int(sys.argv[1]), sys.argv[2:]))
+"""
+
+
+def main_with_a_capture_that_fails(rank: int, overrides: list[str]) -> int:
+    """`python -m train` in one of two processes, with a helper that only meets the other rank."""
+    import torch.distributed as dist
+
+    from parallel import graphs
+    from train.__main__ import main
+
+    def helper(wrapped: list[Any], *arguments: Any) -> _Helper:
+        made = _Helper([layer for chunk in wrapped for layer in chunk.module.module.decoder.layers], [])
+
+        def capture() -> None:
+            dist.barrier()
+            if dist.get_rank() == rank:
+                raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+            dist.barrier()
+
+        made.create_cudagraphs = capture  # type: ignore[method-assign]
+        return made
+
+    sys.argv = ["train", *overrides]
+    with (
+        mock.patch.object(graphs, "_mcore_helper", helper),
+        mock.patch("train.job.wants_graphs", return_value=False),
+        mock.patch("model.graphs._obstacle", return_value=None),
+    ):
+        return main()
+
+
+@pytest.mark.slow
+def test_a_capture_that_fails_on_one_rank_ends_the_run_on_all_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*SMALL, "run.precision=bf16", "parallel.expert=2", "upcycle.stages=[]", "checkpoint.interval_steps=2",
+                 "health.hang_seconds=10", f"data.corpus={small_corpus(tmp_path)}", f"run.dir={run_dir}"]  # fmt: skip
+    job = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+           "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", _FAILING, "1", *overrides, _ON], text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, env={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [6, 6], said
+    why = "rank 1 could not capture CUDA graphs of attention (AcceleratorError: CUDA error: operation not permitted"
+    # The one that knows says it; the other one, which waited, is ended with its words.
+    assert all(f"{why} when stream is capturing): use performance.cuda_graphs=none" in words for words in said), said
+    run_distributed(train_in_turn, 2, [overrides])
+    assert [e["step"] for e in events(run_dir, "resume")] == [2] and max(metrics(run_dir)) == 6
 
 
 def test_generators_of_graphs_keep_their_identity_when_states_come_back() -> None:

@@ -68,6 +68,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         # A later stage splits experts further.
         (["run.precision=bf16", "model.expert_ffn_hidden_size=136", "parallel.expert=1", "upcycle.stages=[{at_step: 9, parallel: {expert_tensor: 2}}]"],
          2, r"expert_ffn_hidden_size=136 / upcycle\.stages\[0\]\.parallel\.expert_tensor=2 is not a multiple of 8"),
+        (["model.num_experts=512", "parallel.expert=1", "upcycle.stages=[{at_step: 9, factor: 2}]"], 1, "stage 1 has 1024 experts / parallel.expert=1 "),
         (["upcycle.stages=[{at_step: 9, num_experts: 12}]"], 2, r"num_experts=12 is not a multiple of the 8 experts .*selection=greedy"),
         (["upcycle.stages=[{at_step: 9, num_experts: 4}]"], 2, r"num_experts=4 must be above the 8 experts"),
         (["upcycle.stages=[{at_step: 9, factor: 4, selection: greedy, max_extra_copies: 2}]"], 2, r"max_extra_copies=2 is too small for 8 -> 32 experts: use .*=3"),
