@@ -139,7 +139,7 @@ def begin_save(
             leaf = leaves[i]
             by_key[getattr(leaf, "unique_key", leaf.key)].append(_copied(leaf) if copy else leaf)
         state = mcore_to_pyt_state_dict(by_key, False)
-        planner, writer = _planner(), FileSystemWriter(directory)
+        planner, writer = _planner(), _writer(directory, on_host=copy)
         planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=dist.get_rank() == 0)
         writer.set_up_storage_writer(dist.get_rank() == 0, rank=dist.get_rank(), use_collectives=True)
     if not all(hits):
@@ -180,6 +180,15 @@ def _request(
                 save_config(CheckpointingConfig("torch_dist", 1), directory)
 
     return _Request(write, (), [finish])
+
+
+def _writer(directory: str, *, on_host: bool) -> FileSystemWriter:
+    """torch's writer; where all that it writes is in host memory, one that asks nothing of a GPU.
+
+    It copies ahead from a GPU by default, and waits for its stream even if there is nothing to copy. In a thread of its own
+    that is the stream of the first GPU, whichever is this rank's, and would end a capture of CUDA graphs.
+    """
+    return FileSystemWriter(directory, per_thread_copy_ahead=0) if on_host else FileSystemWriter(directory)
 
 
 def save_sharded(

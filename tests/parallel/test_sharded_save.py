@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,6 +66,25 @@ def test_a_plan_is_used_again_for_the_same_tensors_only(tmp_path: Path) -> None:
     first, again = (read_index(tmp_path / name) for name in "01")
     assert first.state_dict_metadata == again.state_dict_metadata
     assert {k: vars(v) for k, v in first.storage_data.items()} == {k: vars(v) for k, v in again.storage_data.items()}
+
+
+def _write_beside_a_gpu(folder: Path) -> None:
+    from torch.distributed.checkpoint import filesystem
+
+    prepare_megatron()
+    state = {"cut": _box("cut", 5, 0, torch.ones(5, 2))}
+    save = begin_save(state, str(folder), copy=True)
+    # What torch asks before it copies ahead from a GPU, on the stream of the first one. It has none here to wait for.
+    with (
+        mock.patch.object(filesystem.torch.cuda, "is_available", return_value=True),
+        mock.patch.object(filesystem, "_OverlappingCpuLoader", side_effect=AssertionError("asked for a stream")),
+    ):
+        save.write()
+    save.finish()
+
+
+def test_what_is_written_from_host_memory_asks_nothing_of_a_gpu(tmp_path: Path) -> None:
+    run_distributed(_write_beside_a_gpu, 1, tmp_path)
 
 
 def _save_with_a_gap(folder: Path) -> str:
