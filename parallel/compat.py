@@ -16,16 +16,19 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint
 
-from parallel.cpu_runtime import install_cpu_runtime
+from parallel.cpu_runtime import disable_compile, install_cpu_runtime
 from parallel.errors import ConfigError
 from parallel.installed import installed
 from parallel.many_tensors import use_many_at_once
@@ -83,8 +86,24 @@ def can_discard_outputs() -> bool:
     return is_ninja_available() and shutil.which(get_cxx_compiler()) is not None
 
 
+def compile_obstacle() -> str | None:
+    """What keeps torch from compiling mcore's small functions for a GPU of this machine; None if nothing does.
+
+    Triton builds a part of itself with a C compiler and Python's headers when it compiles its first kernel. Where it cannot,
+    torch raises in the middle of the first step.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+        return "there is no C compiler (gcc, clang, or the one that CC names)"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if header.is_file() else f"Python's headers are not installed ({header})"
+
+
 def prepare_megatron() -> None:
     """Makes mcore usable in this process: CPU runtime where there is no CUDA, an upstream bug bridged, less noise.
+
+    On a GPU mcore's small functions run uncompiled where they cannot be compiled (`compile_obstacle`).
 
     Raises:
         LaunchError: this mcore version cannot run on CPU (see `install_cpu_runtime`), or on GPUs a Transformer Engine is
@@ -92,6 +111,8 @@ def prepare_megatron() -> None:
     """
     quiet_megatron()
     if torch.cuda.is_available():
+        if compile_obstacle():
+            disable_compile()
         # Before mcore's own import, which takes an ImportError for absence and lets other errors through.
         refuse_unusable()
     else:

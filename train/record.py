@@ -9,7 +9,7 @@ import torch
 
 from model.build import count_parameters, experts_kind
 from model.load import load_figures
-from parallel.compat import versions
+from parallel.compat import compile_obstacle, versions
 from parallel.optimizer_state import adam_name
 from train.acceleration import choice_lines
 from train.checkpoint.folder import Manifest, folder_bytes
@@ -48,6 +48,9 @@ def record_start(run: "Run", source: Path | None, manifest: Manifest | None) -> 
         run.console.say(f"chosen for {run.layout.machine().gpu}:")
         for line in choice_lines(run.stage.choices):
             run.console.say(line)
+        obstacle = compile_obstacle()
+        if obstacle:
+            run.console.say(f"mcore's small functions run uncompiled, in more passes over memory: {obstacle}")
     for line in table_lines(sources):
         run.console.say(line)
     if run.persistence.data_changed:
