@@ -4,35 +4,61 @@
     python benchmarks/gpu_check.py --show benchmarks/results/gpu_check.json     the file as a table for the guide
 
 Every section runs in a process of its own with a time limit, so that one that fails or hangs costs only itself, and the
-whole ends within eight minutes. Rows are printed as they come, and the result file is written again after each one: what
-is stopped keeps what it had. The file (benchmarks/results/gpu_check.json) has the card, the versions, the date, the git
-commit and the command; each row has a name, a value with its unit, the goal where there is one, and whether it is met.
-Sections that need several GPUs run with one process on each, and are left out where there is one. Without a GPU only
-`--small` runs: the same sections on CPU with tiny shapes, which say that the code works and nothing about speed
-(tests/benchmarks/test_gpu_check.py). What has to be installed: benchmarks/gpu_setup.sh says what is missing.
+whole ends within eight minutes. A section has its own time and what those before it left over (one alone has all of it),
+leaves out what would take longer and says so; what it has started ends with it. Rows are printed as they come, and the
+result file is written again after each one: what is stopped keeps what it had. The file
+(benchmarks/results/gpu_check.json) has the card, the versions, the date, the git commit and the command; each row has a
+name, a value with its unit, the goal where there is one, and whether it is met. Sections that need several GPUs run with
+one process on each, and are left out where there is one. Without a GPU only `--small` runs: the same sections on CPU with
+tiny shapes, which say that the code works and nothing about speed (tests/benchmarks/test_gpu_check.py). What has to be
+installed: benchmarks/gpu_setup.sh says what is missing.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu import SECTIONS, WHOLE
+from benchmarks.gpu import SECONDS, SECTIONS, WHOLE
 from launch.environment import DEFAULTS
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULT = _ROOT / "benchmarks" / "results" / "gpu_check.json"
+# Variable by which everything that a section starts is told from everything else on the machine.
+_MARK = "COPPICE_GPU_CHECK"
+
+
+def _end_all(mark: str) -> None:
+    """Kill what a section has started and left, in whatever session: torchrun gives each of its ranks one of its own.
+
+    A rank that lives on would hold its card's memory, and the pipe that its section is heard through.
+    """
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = 0
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(_MARK) == mark:
+                    process.kill()
+                    found += 1
+        if not found:
+            return
+        # Looked at again: it may have been about to start something, and memory is free when it is gone.
+        time.sleep(0.1)
 
 
 def run_section(
@@ -54,34 +80,44 @@ def run_section(
     if SECTIONS[name].many:
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*python, str(Path(__file__).resolve()), "--section", name, *(["--small"] if small else [])]
-    began, rows, said = time.monotonic(), [], []
+    began, rows, said, mark = time.monotonic(), [], [], uuid.uuid4().hex
     found: dict[str, Any] = {"rows": rows, "seconds": 0.0}
     with subprocess.Popen(
         command,
         cwd=_ROOT,
-        env={**DEFAULTS, **os.environ},
+        env={**DEFAULTS, **SECTIONS[name].variables, **os.environ, _MARK: mark, SECONDS: str(seconds)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         start_new_session=True,
     ) as process:
 
-        def stop() -> None:
-            said.append(f"stopped after {seconds:.0f} s")
-            os.killpg(process.pid, signal.SIGKILL)
+        def see_it_end() -> None:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                said.append(f"stopped after {seconds:.0f} s")
+                process.kill()
+            _end_all(mark)
 
-        timer = threading.Timer(seconds, stop)
-        timer.start()
+        end = threading.Thread(target=see_it_end)
+        end.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ROW "):
-                rows.append(json.loads(line.removeprefix("ROW ")))
-                found["seconds"] = round(time.monotonic() - began, 1)
-                say(found)
-            elif line.strip():
-                said.append(line.rstrip())
-        process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                if line.startswith("ROW "):
+                    rows.append(json.loads(line.removeprefix("ROW ")))
+                    found["seconds"] = round(time.monotonic() - began, 1)
+                    say(found)
+                elif line.strip():
+                    said.append(line.rstrip())
+        except BaseException:
+            # Ctrl-C does not reach a session of its own.
+            process.kill()
+            raise
+        finally:
+            end.join()
     found["seconds"] = round(time.monotonic() - began, 1)
     if process.returncode or not rows:
         stopped = [line for line in said if line.startswith("stopped after")]
@@ -90,6 +126,23 @@ def run_section(
         found["error"] = (stopped or ranks[-1:] or said[-1:] or [f"exit code {process.returncode}"])[0]
         found["output"] = said[-100:]
     return found
+
+
+def seconds_for(name: str, names: list[str], processes: int, left: float) -> float:
+    """What a section may take.
+
+    Args:
+        name: of the section.
+        names: of all that run, in order.
+        processes: those on several GPUs run with.
+        left: of the whole, in seconds.
+
+    Returns:
+        Its own seconds and what those before it left over; less only where less is left.
+    """
+    later = [SECTIONS[n] for n in names[names.index(name) + 1 :]]
+    kept = sum(section.seconds for section in later if processes > 1 or not section.many)
+    return min(left, max(float(SECTIONS[name].seconds), left - kept))
 
 
 def show(row: dict[str, Any]) -> str:
@@ -220,8 +273,9 @@ def main() -> int:
             print(show(found["rows"][-1]), flush=True)
             write()
 
+        left = WHOLE - (time.monotonic() - began)
         # Tiny shapes on a CPU that others use too may take longer, and nobody waits for a lent card.
-        limit = 600 if options.small else min(section.seconds, WHOLE - (time.monotonic() - began))
+        limit = 600.0 if options.small else seconds_for(name, names, processes, left)
         if limit < 5:
             sections[name] = {"rows": [], "seconds": 0.0, "error": f"not begun: the {WHOLE} s are over"}
         else:

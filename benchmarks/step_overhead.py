@@ -38,7 +38,7 @@ def bare_steps(stage: Any, layout: Any, batches: list[list[dict[str, Any]]]) -> 
         return loss, {"loss": loss.detach().clone()}
 
     def forward(iterator: Any, model: Any) -> Any:
-        batch = {key: value.to(layout.device) for key, value in next(iterator).items()}
+        batch = {key: value.to(layout.device, non_blocking=True) for key, value in next(iterator).items()}
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, lambda out: loss_of(batch["loss_mask"], out)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.rows import device, matmul_ceiling, row, seconds_of
+from benchmarks.gpu.rows import device, matmul_ceiling, no_time_for, row, seconds_left, seconds_of
 from parallel.compat import prepare_megatron
 from parallel.transformer_engine import have_transformer_engine
 
@@ -79,6 +79,9 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         for kind, make in makers.items():
             linear = make(experts, hidden, width)
             for tokens in (128,) if small else _TOKENS:
+                if seconds_left() < 3:
+                    yield no_time_for(f"{kind}, {name}, {tokens} rows")
+                    continue
                 for load, counts in _loads(experts, tokens).items():
                     forward, backward = _rates(linear, counts, tokens, hidden, width)
                     what = f"{kind}, {name}, {tokens} rows, {load}"

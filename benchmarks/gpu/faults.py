@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.rows import corpus, row
+from benchmarks.gpu.rows import corpus, row, seconds_left
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What train/__main__.py does, on a card that seems nearly full.
@@ -134,9 +134,11 @@ def _begin(command: list[str], more: dict[str, str] | None = None) -> subprocess
     )  # fmt: skip
 
 
-def _end(processes: list[subprocess.Popen[str]], seconds: float = 120.0) -> list[_Ended]:
+def _end(processes: list[subprocess.Popen[str]]) -> list[_Ended]:
     """Wait for processes; one that stays when the first has ended for a while is killed."""
     ended = []
+    # Some are left to tell of it before the section is stopped.
+    seconds = max(5.0, min(120.0, seconds_left() - 5))
     for process in processes:
         killed = False
         try:

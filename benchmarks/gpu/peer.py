@@ -18,6 +18,7 @@ prepare_megatron()
 
 from model.build import build_chunks, moe_parts  # noqa: E402
 from model.config import ModelConfig  # noqa: E402
+from model.performance import PerformanceConfig  # noqa: E402
 from parallel.config import ParallelConfig  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 
@@ -59,7 +60,11 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         for kind in kinds:
             model = ModelConfig(layers=1, hidden_size=hidden, attention_heads=8, kv_heads=8, ffn_hidden_size=ffn,
                                 num_experts=experts, top_k=top_k, expert_ffn_hidden_size=ffn, experts=kind)  # fmt: skip
-            chunks = build_chunks(model, experts, layout, vocab_size=256, sequence_length=tokens, precision="bf16")
+            # As a run decides it: Transformer Engine's kernels where that is used.
+            fused = PerformanceConfig(permute_fusion=kind == "te", router_fusion=kind == "te")
+            chunks = build_chunks(
+                model, experts, layout, vocab_size=256, sequence_length=tokens, precision="bf16", performance=fused
+            )
             layer = moe_parts(chunks)[0].layer.to(device=device(), dtype=torch.bfloat16)
             blocks[kind] = lambda x, layer=layer: layer(x)[0]
             holders.append(layer)

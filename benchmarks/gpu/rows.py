@@ -1,13 +1,22 @@
 """Rows of the result, and what the sections share."""
 
+import contextlib
+import gc
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
+
+from benchmarks.gpu import SECONDS
+
+if TYPE_CHECKING:
+    from train.run import Run
 
 
 def row(
@@ -29,6 +38,38 @@ def row(
 def print_row(found: dict[str, Any]) -> None:
     """Hand a row to the process that collects them."""
     print("ROW " + json.dumps(found), flush=True)
+
+
+def seconds_left() -> float:
+    """Until this section is stopped; without an end outside of `benchmarks/gpu_check.py`."""
+    return float(os.environ.get(SECONDS, "inf")) - (time.time() - psutil.Process().create_time())
+
+
+def no_time_for(what: str) -> dict[str, Any]:
+    """A row for what is left out, because the section would be stopped in the middle of it."""
+    return row(
+        what, f"not measured: {max(0.0, seconds_left()):.0f} s were left; --sections of one name has all of the time"
+    )
+
+
+@contextlib.contextmanager
+def opened(settings: Any) -> Iterator["Run"]:
+    """A run that is open inside; its memory is free afterwards, however that ended."""
+    from parallel.devices import empty_cache
+    from parallel.layout import Layout
+    from train.data.stream import open_corpora
+    from train.run import Run
+
+    run = Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
+    try:
+        yield run
+    finally:
+        run.close()
+        # A switch that failed may have let go of half of it.
+        with contextlib.suppress(AttributeError):
+            run.stage.release()
+        gc.collect()
+        empty_cache(run.layout.device)
 
 
 def device() -> torch.device:

@@ -1,6 +1,5 @@
 """What needs several GPUs, one process on each: 7B to 13B, growth of EP, dispatchers and overlap."""
 
-import gc
 import os
 import statistics
 import tempfile
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.rows import corpus, device, fitting, row, synchronize
+from benchmarks.gpu.rows import corpus, device, fitting, opened, row, synchronize
 from parallel.compat import prepare_megatron
 
 prepare_megatron()
@@ -20,8 +19,6 @@ from benchmarks.gpu.switch import BESIDE_DISK, both_paths, largest, switched  # 
 from parallel.config import ParallelConfig  # noqa: E402
 from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 from parallel.machine import this_machine  # noqa: E402
-from train.data.stream import open_corpora  # noqa: E402
-from train.run import Run  # noqa: E402
 from train.settings import load_settings  # noqa: E402
 
 _TINY = ["model=tiny", "data.sequence_length=32"]
@@ -90,16 +87,13 @@ def _step_seconds(overrides: list[str], processes: int, prefix: Path, run_dir: P
         "data.micro_batch_size=1", f"data.global_batch_size={2 * processes}", "schedule.decay_steps=1",
         "upcycle.stages=[]", "tracking=none", "evaluation.batches=1", "checkpoint=ends", "run.log_interval_steps=1000",
     ], processes)  # fmt: skip
-    run = Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
     times = []
-    for _ in range(4 if small else 10):
-        run.layout.barrier()
-        synchronize()
-        began = time.perf_counter()
-        run._one_step()
-        synchronize()
-        times.append(max(run.layout.gather_objects(time.perf_counter() - began)))
-    run.close()
-    run.stage.release()
-    gc.collect()
+    with opened(settings) as run:
+        for _ in range(4 if small else 10):
+            run.layout.barrier()
+            synchronize()
+            began = time.perf_counter()
+            run._one_step()
+            synchronize()
+            times.append(max(run.layout.gather_objects(time.perf_counter() - began)))
     return statistics.median(times[2:])

@@ -9,32 +9,33 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
-from benchmarks.gpu import SECTIONS
-from benchmarks.gpu.rows import corpus, fitting, row, synchronize
+from benchmarks.gpu.rows import corpus, device, fitting, no_time_for, opened, row, seconds_left, synchronize
 from parallel.compat import prepare_megatron
 
 prepare_megatron()
 
 from model.fingerprint import take_fingerprints  # noqa: E402
 from parallel.devices import empty_cache  # noqa: E402
-from parallel.layout import Layout, join_job, leave_job  # noqa: E402
+from parallel.errors import CoppiceError  # noqa: E402
+from parallel.layout import join_job, leave_job  # noqa: E402
 from parallel.optimizer_state import get_step  # noqa: E402
-from train.data.stream import open_corpora  # noqa: E402
 from train.evaluation import evaluate  # noqa: E402
 from train.expansion import expand  # noqa: E402
-from train.run import Run  # noqa: E402
 from train.settings import load_settings  # noqa: E402
+
+if TYPE_CHECKING:
+    from train.run import Run
 
 _STEP = 2
 # 0.23 B to 0.38 B parameters: 8.5 GB of checkpoints, which a disk of 1 GB/s takes in nine seconds.
 BESIDE_DISK = ["model=paper_7b", "model.layers=2", "model.num_experts=8", "data.sequence_length=1024"]
-# Seconds of the section that are left to what comes after a save and a load of the largest size.
-_AFTER_DISK = 40.0
+# Seconds of the section that are left to what comes after a save and a load of the largest size, and what the switch by way
+# of host memory takes of it.
+_AFTER_DISK, _AWAY = 40.0, 8.0
 
 
 def _candidates(layers: tuple[int, ...]) -> list[list[str]]:
@@ -51,23 +52,62 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         tiny = [["model=tiny", "data.sequence_length=32"]]
         sizes = tiny if small else _candidates((20, 16, 14, 12, 10, 8, 6, 4, 2))
         grown = [[*x, *_run_options(1), *_growth("live", None)] for x in sizes]
-        chosen = fitting(grown, flash=False)
-        with after_switch("live", sizes[grown.index(chosen)], prefix, folder / "largest", 1) as (run, found):
-            yield from largest(found, "largest that fits")
-            yield from _beside_a_save(run, found["pause"], "largest that fits", folder)
+        yield from _largest_that_fits(sizes[grown.index(fitting(grown, flash=False)) :], prefix, folder)
         few = tiny[0] if small else BESIDE_DISK
-        away = switched("live", [*few, "upcycle.offload=true"], prefix, folder / "away", 1)
-        yield from both_paths(few, prefix, folder, 1, away=away)
+        disk: dict[str, Any] = {}
+        yield from both_paths(few, prefix, folder, 1, found=disk)
+        if seconds_left() < _AWAY:
+            yield no_time_for("the live switch by way of host memory")
+        else:
+            yield from _by_way_of_the_host(few, prefix, folder, disk)
     leave_job(joined)
 
 
-def _beside_a_save(run: Run, pause: float, what: str, folder: Path) -> Iterator[dict[str, Any]]:
+def _largest_that_fits(sizes: list[list[str]], prefix: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """The first of several sizes that grows on this device, or the next but one; one that does not ends nothing else.
+
+    Args:
+        sizes: overrides of each, the one that fits by arithmetic first.
+        prefix: of the corpus.
+        folder: for the runs.
+    """
+    what = "largest that fits"
+    for number, size in enumerate(sizes[:3]):
+        try:
+            with after_switch("live", size, prefix, folder / f"largest-{number}", 1) as (run, found):
+                yield from largest(found, what)
+                yield from _beside_a_save(run, found["pause"], what, folder)
+            return
+        except (torch.OutOfMemoryError, CoppiceError) as e:
+            # Too large though it should fit, or a defect, which the row tells.
+            why = f"{type(e).__name__}: {str(e).splitlines()[0][:300]}"
+        gc.collect()
+        empty_cache(device())
+        yield row(f"{what}: {size[1]}", f"failed: {why}", goal="none fails", met=False)
+
+
+def _by_way_of_the_host(few: list[str], prefix: Path, folder: Path, disk: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The live switch with the old stage in host memory, held against the checkpoint path's result."""
+    name = "state after the live switch by way of host memory"
+    try:
+        away = switched("live", [*few, "upcycle.offload=true"], prefix, folder / "away", 1)
+    except (RuntimeError, CoppiceError) as e:
+        # Not every machine lets a process pin its memory.
+        yield row(name, f"failed: {type(e).__name__}: {str(e).splitlines()[0][:300]}", goal="equal bit for bit", met=False,
+                  check=True)  # fmt: skip
+        return
+    same = away["fingerprints"] == disk["fingerprints"]
+    yield row(name, "equal" if same else "DIFFERS", goal="equal bit for bit", met=same, check=True)
+    yield row("pause by way of host memory over the live switch's", away["pause"] / disk["live_pause"])
+    if torch.cuda.is_available():
+        yield row("peak memory by way of host memory", away["switch_peak"] / 2**30, "GiB")
+
+
+def _beside_a_save(run: "Run", pause: float, what: str, folder: Path) -> Iterator[dict[str, Any]]:
     """A save and a load of the larger stage, the least that a relaunch takes; from the disk's rates where time is short."""
     wanted = run.persistence.needed_bytes()
-    rates = _disk_rates(folder, 64 << 20 if wanted < 4 << 30 else 1 << 30)
-    room = float("inf")
-    if torch.cuda.is_available():
-        room = SECTIONS["switch"].seconds - _AFTER_DISK - (time.time() - psutil.Process().create_time())
+    rates = _disk_rates(folder, 64 << 20 if wanted < 4 << 30 else 512 << 20)
+    room = seconds_left() - _AFTER_DISK
     estimate = sum(wanted / rate for rate in rates)
     yield row(f"{what}: the disk writes", rates[0] / 1e9, "GB/s")
     yield row(f"{what}: the disk reads", rates[1] / 1e9, "GB/s")
@@ -114,7 +154,7 @@ def both_paths(
     folder: Path,
     processes: int,
     first: int | None = None,
-    away: dict[str, Any] | None = None,
+    found: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The live path and the checkpoint path from the same start.
 
@@ -124,7 +164,7 @@ def both_paths(
         folder: for the runs; on a file system that all processes see.
         processes: of the job, all of them expert-parallel after the switch.
         first: expert-parallel ranks before the switch; all by default.
-        away: the live path with the old stage in host memory, if it was taken too.
+        found: gets the `fingerprints` of the checkpoint path and the `live_pause`.
     """
     what = "" if processes == 1 else f", EP {first or processes} to {processes}"
     live, disk = (switched(path, overrides, prefix, folder / f"{path}{first}", processes, first)
@@ -135,13 +175,8 @@ def both_paths(
               goal="equal bit for bit", met=same, check=True)  # fmt: skip
     yield row(f"save, transform, rebuild and load{what}", disk["pause"], "s")
     yield row(f"live over checkpoint{what}", live["pause"] / disk["pause"])
-    if away is not None:
-        same = away["fingerprints"] == disk["fingerprints"]
-        yield row(f"state after the live switch by way of host memory{what}", "equal" if same else "DIFFERS",
-                  goal="equal bit for bit", met=same, check=True)  # fmt: skip
-        yield row(f"pause by way of host memory over the live switch's{what}", away["pause"] / live["pause"])
-        if torch.cuda.is_available():
-            yield row(f"peak memory by way of host memory{what}", away["switch_peak"] / 2**30, "GiB")
+    if found is not None:
+        found |= {"fingerprints": disk["fingerprints"], "live_pause": live["pause"]}
 
 
 def largest(live: dict[str, Any], what: str) -> Iterator[dict[str, Any]]:
@@ -162,7 +197,7 @@ def _run_options(processes: int) -> list[str]:
         "data.micro_batch_size=1", f"data.global_batch_size={2 * processes}", "run.steps=6", "schedule.warmup_steps=1",
         "schedule.decay_steps=2", "tracking=none", "evaluation.batches=1", "evaluation.interval_steps=null",
         "checkpoint=ends", "checkpoint.save_final=false", "upcycle.save_before=false", "model.balancing=loss_free",
-        "model.router_score=sigmoid",
+        "model.router_score=sigmoid", "run.log_interval_steps=100",
     ]  # fmt: skip
 
 
@@ -185,7 +220,7 @@ def switched(
 @contextlib.contextmanager
 def after_switch(
     path: str, overrides: list[str], prefix: Path, run_dir: Path, processes: int, first: int | None = None
-) -> Iterator[tuple[Run, dict[str, Any]]]:
+) -> Iterator[tuple["Run", dict[str, Any]]]:
     """Two steps, the switch, three steps; collective. The run is open inside, and gone afterwards.
 
     Yields:
@@ -196,7 +231,12 @@ def after_switch(
         *overrides, f"data.corpus={prefix}", f"run.dir={run_dir}", *_run_options(processes),
         f"parallel.expert={first or processes}", *_growth(path, processes if first else None),
     ], processes)  # fmt: skip
-    run = Run.open(settings, Layout.create(settings.parallel, 1), open_corpora(settings.data))
+    with opened(settings) as run:
+        yield run, _grown(run, path)
+
+
+def _grown(run: "Run", path: str) -> dict[str, Any]:
+    """Two steps, the switch, three steps, and what was found (`after_switch`)."""
     cuda, found = torch.cuda.is_available(), {}
     while run.step < _STEP:
         run._one_step()
@@ -223,14 +263,10 @@ def after_switch(
         peaks = run.layout.gather_objects([found[name] for name in names])
         found |= zip(names, max(peaks, key=lambda peak: peak[0] / peak[1]), strict=True)
     run.layout.barrier()
-    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run.files.run_dir / "events.jsonl").read_text().splitlines()]
     grown = next(e["details"] for e in events if e["event"] == "expansion")
     acts = grown["seconds"]
     found |= {"before": events[0]["details"]["parameters_total"], "after": grown["parameters_total"],
               "moved": grown.get("moved_bytes", 0)}  # fmt: skip
     found["pause"] = saving + sum(v for k, v in acts.items() if k not in ("plan", "save", "score"))
-    yield run, found
-    run.close()
-    run.stage.release()
-    gc.collect()
-    empty_cache(run.layout.device)
+    return found

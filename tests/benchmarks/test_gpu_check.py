@@ -1,5 +1,6 @@
 """`make gpu-check` on CPU with tiny shapes: every section's code runs, its checks hold, failures are told."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import gpu_check
@@ -98,6 +100,34 @@ def test_a_section_that_hangs_keeps_its_rows(tmp_path: Path, monkeypatch: pytest
     found = gpu_check.run_section("machine", True, 1.5, 1, lambda found: seen.append(len(found["rows"])))
     assert seen == [1] and found["rows"][0]["value"] == 1.0
     assert found["error"] == "stopped after 2 s" and "at work" in found["output"] and found["seconds"] < 20
+
+
+def test_what_a_section_leaves_behind_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As torchrun's ranks: in a session of its own, with the pipe of the section, which would be listened to until it ends.
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        'print(\'ROW \' + \'{"name": "pid", "value": %d}\' % left.pid, flush=True)\n'
+    )
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    found = gpu_check.run_section("machine", True, 50, 1, lambda found: None)
+    assert found["seconds"] < 20 and "error" not in found
+    # Gone, or ended though nobody has asked yet how.
+    with contextlib.suppress(psutil.Error):
+        assert not psutil.Process(found["rows"][0]["value"]).environ()
+
+
+def test_a_section_has_what_those_before_it_left_over() -> None:
+    names = [name for name, section in SECTIONS.items() if not section.many]
+    # Nothing is left over at the beginning; what a quick first one left, the second has.
+    spare = WHOLE - sum(SECTIONS[name].seconds for name in names)
+    assert gpu_check.seconds_for("machine", names, 1, WHOLE) == SECTIONS["machine"].seconds + spare
+    assert gpu_check.seconds_for("switch", names, 1, WHOLE - 10) == SECTIONS["switch"].seconds + spare + 20
+    assert gpu_check.seconds_for("train", ["train"], 1, WHOLE) == WHOLE
+    # Where sections on several GPUs do not fit beside all others, each has its own until nothing is left.
+    assert gpu_check.seconds_for("machine", list(SECTIONS), 8, WHOLE) == SECTIONS["machine"].seconds
+    assert gpu_check.seconds_for("faults", list(SECTIONS), 8, 12.0) == 12.0
 
 
 def test_every_section_can_be_imported() -> None:
