@@ -152,8 +152,9 @@ _MEANINGS = {
     "model.z_loss_coeff": "Weight of the router's z-loss; null means none.",
     "model.dispatcher": "How tokens travel to their experts; flex needs DeepEP or HybridEP (docs/parallelism.md).",
     "model.mcore": (
-        "Further fields of mcore's TransformerConfig by their own names, for what has no key here (others are refused); a "
-        "new one is added with a plus: `+model.mcore.moe_input_jitter_eps=0.01`."
+        "Further fields of mcore's TransformerConfig by their own names, with values of the types that the installed mcore "
+        "declares, for what has no key here (others are refused); a new one is added with a plus: "
+        "`+model.mcore.moe_input_jitter_eps=0.01`."
     ),
     "data.blend": "Several corpora with weights, instead of `data.corpus`.",
     "optimizer.beta1": "Decay of Adam's mean of gradients.",

@@ -6,7 +6,7 @@ from typing import Any
 
 from parallel.errors import ConfigError, DataError
 from train.config import RunSettings
-from train.settings import compose_settings, to_settings
+from train.settings import compose_settings, refuse_passed_on, to_settings
 
 
 def settings_without_corpus(overrides: list[str], processes: int) -> RunSettings:
@@ -29,6 +29,7 @@ def check_without_corpus(settings: RunSettings, processes: int) -> None:
     if not settings.data.corpus and not settings.data.blend:
         settings = replace(settings, data=replace(settings.data, corpus="none"))
     settings.check(processes)
+    refuse_passed_on(settings)
 
 
 def vocabulary(settings: RunSettings, given: int | None) -> tuple[int, str]:

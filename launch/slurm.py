@@ -18,7 +18,7 @@ from launch.slurm_script import SlurmJob, render
 from launch.sweep import add_flag, missing_inputs, plan_sweep
 from parallel.errors import DataError, LaunchError
 from train.run_files import make_directory
-from train.settings import load_settings
+from train.settings import load_settings, refuse_passed_on
 
 SCRIPT = "launch.sbatch"
 # Options of sbatch that the script sets, and what sets them here.
@@ -186,6 +186,7 @@ def plan_job(arguments: argparse.Namespace, folder: Path) -> SlurmJob:
     python = _python(given.venv, given.container)
     environment = tuple(_variable(text) for text in given.env)
     settings = load_settings(given.overrides, world_size=given.nodes * processes)
+    refuse_passed_on(settings)
     run_dir = Path(os.path.normpath(folder / settings.run.dir))
     root = Path(__file__).resolve().parents[1]
     options = [f"--{name}={getattr(given, name)}" for name in ("time", "partition", "account", "qos", "mem")

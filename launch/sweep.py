@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from parallel.errors import ConfigError, CoppiceError, DataError, LaunchError
 from train.config import RunSettings
 from train.run_files import RunFiles, make_directory, write_json
-from train.settings import compose_settings, explain, load_settings, read_yaml, register_schema
+from train.settings import compose_settings, explain, load_settings, read_yaml, refuse_passed_on, register_schema
 from train.status import read_status
 
 SWEEP = "sweep.json"
@@ -156,6 +156,7 @@ def plan_sweep(overrides: Sequence[str], world_size: int) -> Sweep:
         own = (*common, *swept, f"run.dir={here}")
         try:
             settings = load_settings(list(own), world_size=world_size)
+            refuse_passed_on(settings)
         except CoppiceError as e:
             raise type(e)(f"point {name}: {e}") from None
         points.append(Point(number, name, swept, own, settings))

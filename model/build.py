@@ -14,13 +14,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from model import choices, fp8, recompute
 from model.attention import LatentDotProductAttention
 from model.config import ModelConfig, padded_vocab_size
 from model.experts import GroupedExperts
 from model.graphs import WARMUP_STEPS
+from model.mcore_config import make_config
+from model.mcore_fields import refuse_without_engine
 from model.mcore_values import (
     expert_values,
     latent_values,
@@ -36,12 +38,11 @@ from parallel.compat import (
     graph_fields,
     is_moe_layer,
     layer_submodules,
-    make_transformer_config,
     norms_uncompressed_queries,
-    refuse_unknown_fields,
     unmark_whole_weights,
     use_experts,
 )
+from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from parallel.layout import Layout
 from parallel.transformer_engine import have_transformer_engine
@@ -72,51 +73,67 @@ def experts_kind(model: ModelConfig) -> str:
     return model.experts
 
 
-def _config_class(model: ModelConfig) -> type[TransformerConfig]:
-    return MLATransformerConfig if model.attention == "mla" else TransformerConfig
-
-
-def check_passed_on(model: ModelConfig) -> None:
-    """Refuse fields in `model.mcore` that this mcore does not have.
-
-    Raises:
-        ConfigError: naming the field and the nearest known one.
-    """
-    for name, value in model.mcore.items():
-        try:
-            refuse_unknown_fields(_config_class(model), {name: value})
-        except ConfigError as e:
-            raise ConfigError(f"model.mcore.{name}={value}: {e}") from None
-
-
 def transformer_config(
     model: ModelConfig,
     num_experts: int,
-    layout: Layout,
+    parallel: ParallelConfig,
     precision: str,
+    *,
+    device: torch.device | None = None,
     initialise: bool = True,
     performance: PerformanceConfig | None = None,
 ) -> TransformerConfig:
-    """mcore's configuration of one stage.
+    """mcore's configuration of one stage on this machine.
 
     Args:
         model: the network.
         num_experts: experts per MoE layer in this stage; 0 for a dense model.
-        layout: parallel sizes.
+        parallel: its sizes.
         precision: `bf16` or `fp32`.
+        device: of this rank; None while none is chosen, and then nothing is asked of a GPU.
         initialise: whether layers draw initial weights.
         performance: what was decided for the machine (`model/choices.py`); None for nothing that needs deciding.
 
     Raises:
-        ConfigError: if mcore refuses a combination, in mcore's words.
+        ConfigError: if this machine or mcore cannot do what is asked for, there in mcore's words.
     """
     kind = experts_kind(model)
-    _refuse_here(model, layout, kind)
+    _refuse_here(model, parallel, kind, precision)
+    if model.fp8 != "none" and device is not None:
+        fp8.check_device(
+            model.fp8, model.fp8_recipe, torch.cuda.get_device_capability(device), torch.cuda.get_device_name()
+        )
+    return config_anywhere(model, num_experts, parallel, precision, kind, initialise, performance)
+
+
+def config_anywhere(
+    model: ModelConfig,
+    num_experts: int,
+    parallel: ParallelConfig,
+    precision: str,
+    kind: str,
+    initialise: bool = True,
+    performance: PerformanceConfig | None = None,
+) -> TransformerConfig:
+    """mcore's configuration of one stage, whatever machine this is.
+
+    Args:
+        model: the network.
+        num_experts: experts per MoE layer.
+        parallel: sizes.
+        precision: `bf16` or `fp32`.
+        kind: the expert module: te, grouped or sequential.
+        initialise: as for `transformer_config`.
+        performance: as for `transformer_config`.
+
+    Raises:
+        ConfigError: if mcore refuses a combination.
+    """
     performance = performance or PerformanceConfig()
     values = (
         network_values(model)
         | precision_values(precision)
-        | layout_values(layout)
+        | layout_values(parallel)
         | latent_values(model)
         | expert_values(model, num_experts, kind == "te")
         | choices.mcore_fields(model, performance)
@@ -127,29 +144,23 @@ def transformer_config(
         values |= unset_values()
     if performance.cuda_graphs == "attention":
         values |= graph_fields(WARMUP_STEPS)
-    try:
-        # What a user passes on comes last.
-        config = make_transformer_config(_config_class(model), **(values | model.mcore))
-    except TypeError as e:
-        if not model.mcore:
-            raise
-        raise ConfigError(f"megatron-core can make nothing of model.mcore={model.mcore}: {e}") from None
+    config = make_config(model, values)
     recompute.tell_experts(config, model)
     return config
 
 
-def _refuse_here(model: ModelConfig, layout: Layout, kind: str) -> None:
-    """Refuse what this machine, its libraries or the layout cannot do.
+def _refuse_here(model: ModelConfig, parallel: ParallelConfig, kind: str, precision: str) -> None:
+    """Refuse what the libraries of this machine cannot do.
 
     Args:
         model: the network.
-        layout: parallel sizes and the device.
+        parallel: sizes.
         kind: the expert module in use.
+        precision: of the run.
 
     Raises:
         ConfigError: naming the key, the value and the remedy.
     """
-    parallel = layout.config
     if parallel.context > 1 and kind != "te":
         raise ConfigError(
             f"parallel.context={parallel.context} needs the attention of Transformer Engine on a GPU: install it "
@@ -165,15 +176,13 @@ def _refuse_here(model: ModelConfig, layout: Layout, kind: str) -> None:
             "model.mla_query_rank=null with model.qk_norm=true: this mcore normalises uncompressed queries as well, as no "
             "published model does: use mcore 0.16, or a query rank"
         )
-    if model.fp8 != "none":
-        if kind != "te":
-            raise ConfigError(
-                f"model.fp8={model.fp8} needs Transformer Engine and a CUDA device: install both (docs/gpu.md), and use "
-                "model.experts=auto, or use model.fp8=none"
-            )
-        fp8.check_device(
-            model.fp8, model.fp8_recipe, torch.cuda.get_device_capability(layout.device), torch.cuda.get_device_name()
+    if model.fp8 != "none" and kind != "te":
+        raise ConfigError(
+            f"model.fp8={model.fp8} needs Transformer Engine and a CUDA device: install both (docs/gpu.md), and use "
+            "model.experts=auto, or use model.fp8=none"
         )
+    if kind != "te":
+        refuse_without_engine(model, precision == "bf16")
     recompute.check_modules(model, kind, can_discard_outputs())
 
 
@@ -248,7 +257,15 @@ def build_chunks(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    config = transformer_config(model, num_experts, layout, precision, initialise, performance)
+    config = transformer_config(
+        model,
+        num_experts,
+        layout.config,
+        precision,
+        device=layout.device,
+        initialise=initialise,
+        performance=performance,
+    )
     chunks = []
     for index in range(layout.config.chunks()):
         vp_stage = index if layout.config.interleaved() else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from model.recompute import modules_of
 from parallel.config import ParallelConfig
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, shown
 
 GRAPHS = ("none", "attention")
 KEY = "performance.cuda_graphs"
@@ -50,8 +50,8 @@ def refuse_graph_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if "cuda_graph" in name:
             raise ConfigError(
-                f"model.mcore.{name}={value}: CUDA graphs have a key of their own, which captures attention alone and drops "
-                f"the graphs before a switch: use {KEY}=attention (docs/gpu.md), and leave model.mcore.{name} out"
+                f"model.mcore.{name}={shown(value)}: CUDA graphs have a key of their own, which captures attention alone "
+                f"and drops the graphs before a switch: use {KEY}=attention (docs/gpu.md), and leave model.mcore.{name} out"
             )
 
 
@@ -116,7 +116,7 @@ def _obstacle(model: Any, bf16: bool, documents: bool, context: int, gpu: bool, 
         return f"model.recompute_modules has {inside[0]}, which is computed again inside attention: leave it out"
     for name, value in model.mcore.items():
         if name in _UNLIKE and value not in _OFF:
-            return f"model.mcore.{name}={value} does not go with it"
+            return f"model.mcore.{name}={shown(value)} does not go with it"
     return None
 
 

@@ -3,10 +3,11 @@
 Set past its key, a field would win without a word, and what a run checks, prints and writes of itself would be wrong.
 """
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, shown
 
 _RECOMPUTE = "model.recompute, model.recompute_modules, model.recompute_method and model.recompute_layers"
 _DENSE = "model.dense_first, model.dense_last and model.moe_period"
@@ -51,6 +52,7 @@ KEYS = {
     "moe_router_pre_softmax": "model.router_pre_softmax",
     "moe_router_num_groups": "model.router_groups",
     "moe_router_group_topk": "model.router_group_topk",
+    "moe_router_topk_limited_devices": "model.router_groups and model.router_group_topk",
     "moe_router_topk_scaling_factor": "model.router_scale",
     "moe_router_enable_expert_bias": "model.balancing=loss_free",
     "moe_router_bias_update_rate": "model.bias_update_rate",
@@ -99,9 +101,37 @@ REFUSED = {
     "moe_single_grouped_bias": _ONE_TENSOR,
     "moe_mlp_glu_interleave_size": "mixes the rows of gate and up projections, as checkpoints and published models do not",
     "hierarchical_context_parallel_sizes": "needs groups on two levels, which no layout here has",
+    "hybrid_context_parallel": "reads samples of mcore's own packing, which no corpus here gives",
+    "mtp_num_layers": "adds layers that predict further tokens, which no checkpoint, switch or count here knows",
+    "experimental_attention_variant": "builds an attention that no checkpoint, switch or count here knows",
+    "heterogeneous_block_specs": "reads a config of another class, which nothing here makes",
+    "use_kitchen": "builds layers of NVIDIA's Kitchen, which nothing here knows",
+    "config_logger_dir": "has mcore write the weights, and the logits of every forward pass, to files outside of run.dir",
+    "cache_mla_latents": "is of inference, and stops training",
 }
 # Values of `moe_router_load_balancing_type` that family routing has no answer to.
 WITHOUT_FAMILIES = ("sinkhorn", "quantile_balancing")
+_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none", *WITHOUT_FAMILIES)
+_IS_PROBABILITY: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value < 1, "a probability below 1")
+# Field -> the values it can have, where a layer or a step finds out what mcore's config lets through.
+_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "attention_dropout": _IS_PROBABILITY,
+    "hidden_dropout": _IS_PROBABILITY,
+    "embedding_init_method_std": (lambda value: value >= 0, "zero or more"),
+    "moe_input_jitter_eps": (lambda value: 0 < value < 1, "above zero and below 1"),
+    "moe_latent_size": (lambda value: value > 0, "above zero"),
+}
+# Fields that only layers of Transformer Engine have an answer to, always or in bf16.
+_OF_ENGINE = (
+    "cpu_offloading",
+    "fused_single_qkv_rope",
+    "layernorm_zero_centered_gamma",
+    "moe_latent_size",
+    "use_grouped_gemm_for_shared_expert",
+    "use_te_activation_func",
+)
+_OF_ENGINE_IN_BF16 = ("fp32_residual_connection",)
+_SOFTMAX = "scaled_masked_softmax_cuda"
 
 
 def refuse_fields(fields: Mapping[str, Any]) -> None:
@@ -115,6 +145,61 @@ def refuse_fields(fields: Mapping[str, Any]) -> None:
     """
     for name, value in fields.items():
         if name in KEYS:
-            raise ConfigError(f"model.mcore.{name}={value} has a key of its own: use {KEYS[name]}")
+            raise ConfigError(f"model.mcore.{name}={shown(value)} has a key of its own: use {KEYS[name]}")
         if value and name in REFUSED:
-            raise ConfigError(f"model.mcore.{name}={value} {REFUSED[name]}; leave it out")
+            raise ConfigError(f"model.mcore.{name}={shown(value)} {REFUSED[name]}; leave it out")
+
+
+def refuse_values(model: Any, known: Collection[str]) -> None:
+    """Refuse values that mcore's config lets through and a layer or a step would stumble over.
+
+    Args:
+        model: a `ModelConfig`, its `mcore` typed.
+        known: fields of this mcore's config.
+
+    Raises:
+        ConfigError: naming the field, its value and what it must be.
+    """
+    for name, value in model.mcore.items():
+        fits, words = _BOUNDS.get(name, (None, ""))
+        if fits is not None and value is not None and not fits(value):
+            raise ConfigError(f"model.mcore.{name}={shown(value)} must be {words}")
+    if model.mcore.get("qk_l2_norm") and model.attention == "mla":
+        raise ConfigError("model.mcore.qk_l2_norm=true does not go with model.attention=mla: leave it out")
+    told = model.mcore.get("moe_router_load_balancing_type")
+    key = f"model.mcore.moe_router_load_balancing_type={shown(told)}"
+    kinds = [
+        kind for kind in _BALANCING if kind != "quantile_balancing" or "moe_router_quantile_balancing_ema" in known
+    ]
+    if isinstance(told, str) and told not in kinds:
+        # mcore would balance nothing, without a word.
+        raise ConfigError(f"{key} is unknown: use one of {', '.join(kinds)}")
+    if told == "sinkhorn" and model.aux_loss_coeff and model.balancing != "none":
+        raise ConfigError(f"{key} goes without a loss: use model.aux_loss_coeff=0, not {model.aux_loss_coeff}")
+    if model.mcore.get("moe_apply_probs_on_input") and model.top_k != 1:
+        raise ConfigError(
+            f"model.mcore.moe_apply_probs_on_input=true needs model.top_k=1, not {model.top_k}: leave it out"
+        )
+
+
+def refuse_without_engine(model: Any, bf16: bool) -> None:
+    """Refuse fields that our own layers, and mcore's of torch, have no answer to.
+
+    Args:
+        model: a `ModelConfig` whose layers are not Transformer Engine's.
+        bf16: precision of the run.
+
+    Raises:
+        ConfigError: naming the field and the remedy.
+    """
+    for name in (*_OF_ENGINE, *(_OF_ENGINE_IN_BF16 if bf16 else ())):
+        if model.mcore.get(name):
+            raise ConfigError(
+                f"model.mcore.{name}={shown(model.mcore[name])} needs layers of Transformer Engine and a GPU: install both "
+                "(docs/gpu.md), and use model.experts=auto, or leave it out"
+            )
+    if bf16 and model.mcore.get("masked_softmax_fusion") and importlib.util.find_spec(_SOFTMAX) is None:
+        raise ConfigError(
+            f"model.mcore.masked_softmax_fusion=true needs {_SOFTMAX}, a kernel of Megatron-LM's that is not installed: "
+            "leave it out"
+        )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 
 from model.config import ModelConfig
-from parallel.layout import Layout
+from parallel.config import ParallelConfig
 
 _ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "swiglu": (F.silu, True),
@@ -56,9 +56,8 @@ def precision_values(precision: str) -> dict[str, Any]:
     return dict(bf16=bf16, params_dtype=dtype, pipeline_dtype=dtype)
 
 
-def layout_values(layout: Layout) -> dict[str, Any]:
+def layout_values(parallel: ParallelConfig) -> dict[str, Any]:
     """Of the parallel sizes."""
-    parallel = layout.config
     values: dict[str, Any] = dict(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -66,7 +65,8 @@ def layout_values(layout: Layout) -> dict[str, Any]:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        sequence_parallel=layout.sequence_parallel,
+        # mcore requires it for MoE under tensor parallelism, and it never costs anything.
+        sequence_parallel=parallel.tensor > 1,
     )
     if parallel.interleaved():
         # With two pipeline ranks both neighbours are the same rank, and one batch of sends and receives would mix up

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
-import importlib.metadata
 import importlib.util
 import logging
 import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -249,38 +246,16 @@ def forget_models() -> None:
         moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
-def refuse_unknown_fields(cls: type, fields: Mapping[str, Any]) -> None:
-    """Refuse fields that an mcore config of this version does not have.
-
-    Args:
-        cls: `TransformerConfig` or a subclass.
-        fields: by name.
-
-    Raises:
-        ConfigError: naming the field and the nearest known one.
-    """
-    known = {field.name for field in dataclasses.fields(cls) if field.init}
-    for name in fields:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {nearest[0]}?" if nearest else "remove it"
-            version = importlib.metadata.version("megatron-core")
-            raise ConfigError(
-                f"{cls.__name__} of megatron-core {version} has no field {name}={fields[name]!r}: {remedy}"
-            )
-
-
 def make_transformer_config(cls: type[Config], **fields: Any) -> Config:
-    """Builds an mcore config, naming what this mcore version does not know.
+    """Builds an mcore config.
 
     Args:
         cls: `TransformerConfig` or a subclass.
         **fields: its fields.
 
     Raises:
-        ConfigError: a field is unknown, or mcore refuses the combination.
+        ConfigError: mcore refuses the combination.
     """
-    refuse_unknown_fields(cls, fields)
     try:
         return cls(**fields)
     except (AssertionError, NotImplementedError, ValueError) as error:

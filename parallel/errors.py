@@ -4,8 +4,35 @@ Every error a user can cause is a `CoppiceError`. Entry points print `error: <me
 and exit with `exit_code` on every rank. Anything else is a defect of ours and keeps its traceback.
 """
 
+import difflib
 import os
 import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Letters of a value that a message shows.
+_LETTERS = 80
+
+
+def nearest(word: str, known: Iterable[str] | Mapping[str, str], likeness: float = 0.5) -> str:
+    """The end of a message about an unknown word: the known one that was meant, if any is close.
+
+    Args:
+        word: as given.
+        known: words; a mapping says what each is called in the message.
+        likeness: how much of two words has to agree, 1 being all.
+    """
+    names = known if isinstance(known, Mapping) else {name: name for name in known}
+    (close,) = difflib.get_close_matches(word, names, n=1, cutoff=likeness) or [None]
+    return "" if close is None else f"; did you mean {names[close]}?"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, on one line."""
+    if value is None:
+        return "null"
+    text = " ".join((str(value).lower() if isinstance(value, bool) else str(value)).split())
+    return text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..."
 
 
 class CoppiceError(Exception):

@@ -241,11 +241,6 @@ class Layout:
         """Whether this rank computes the loss."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
-    @property
-    def sequence_parallel(self) -> bool:
-        """mcore requires it for MoE under tensor parallelism, and it never costs anything."""
-        return self.config.tensor > 1
-
     def describe(self) -> dict[str, int]:
         """The sizes as plain numbers, for logs, events and checkpoints."""
         return self.config.describe(self.world_size)

@@ -26,6 +26,8 @@ GPU_KINDS = {
     "B200": ((10, 0), 177),
     "GB200": ((10, 0), 183),
 }
+# Capabilities below and above those of every GPU.
+_OLDEST, _NEWEST = (0, 0), (99, 0)
 # What a plan may assume to be installed. `apex` stands for NVIDIA's extension for weight gradients alone.
 LIBRARIES = ("transformer-engine", "deepep", "hybridep", "apex")
 
@@ -49,6 +51,21 @@ class Machine:
     def has(self, library: str) -> bool:
         """Whether a library is there, and a GPU for it."""
         return self.gpu is not None and library in self.libraries
+
+
+def machines_to_be(ranks_per_node: int) -> tuple["Machine", ...]:
+    """The machines that this process may find itself on, before a word to its GPU: of that the kind is left open.
+
+    Args:
+        ranks_per_node: processes on this machine.
+    """
+    # Here and not above: a plan needs no torch.
+    import torch
+
+    if not torch.cuda.is_available():
+        return (Machine(None, (0, 0), frozenset(), ranks_per_node),)
+    found = frozenset(_found())
+    return tuple(Machine("GPU", able, found, ranks_per_node) for able in (_OLDEST, _NEWEST))
 
 
 def this_machine(device: "torch.device", ranks_per_node: int) -> Machine:

@@ -1,13 +1,11 @@
 """Finds a run's course at its start; `upcycle/course.py` is the arithmetic, here are the files that it is told by."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.build import transformer_config
 from parallel.errors import ConfigError
 from parallel.layout import Layout
-from train.acceleration import accelerated, routes_in_families
+from train.buildable import check_stage
 from train.checkpoint.folder import Manifest, belongs_to
 from train.config import RunSettings
 from train.guard import RETURNED, held_from
@@ -66,16 +64,9 @@ def settings_on(course: Course, given: RunSettings, layout: Layout) -> RunSettin
     """
     settings = given.following(course)
     settings.check_stages(layout.world_size, course)
-    counts = settings.upcycle.expert_counts(settings.model.num_experts)
-    for number in range(course.begun + 1, len(counts)):
-        # Only the sizes are asked for; there are no such groups yet.
-        ahead = replace(layout, config=settings.parallel_of(number))
+    for number in range(course.begun + 1, len(settings.upcycle.stages) + 1):
         try:
-            families = routes_in_families(settings, number)
-            concrete, _ = accelerated(settings, ahead.config, ahead.machine(), ahead.world_size, families=families)
-            transformer_config(
-                concrete.model, counts[number], ahead, settings.run.precision, performance=concrete.performance
-            )
+            check_stage(settings, number, layout.machine(), layout.world_size, layout.device)
         except ConfigError as e:
             raise ConfigError(f"{course.keys[number - 1]}: {e}") from None
     return settings

@@ -1,14 +1,15 @@
 """Runs checked settings as one job: joins the process group, opens the run, trains, reports, leaves."""
 
+import os
 import time
 from pathlib import Path
 
 import torch
 
-from model.build import check_passed_on
 from parallel.devices import out_of_memory
 from parallel.errors import CoppiceError, LaunchError
 from parallel.layout import Layout, join_job, leave_job
+from train.buildable import refuse_unbuildable
 from train.config import RunSettings
 from train.graphs import wants_graphs
 from train.inputs import open_inputs
@@ -34,7 +35,7 @@ def run_settings(settings: RunSettings) -> str:
         CoppiceError: for anything a user can mend.
     """
     refuse_missing(settings.tracking)
-    check_passed_on(settings.model)
+    refuse_unbuildable(settings, int(os.environ.get("WORLD_SIZE", "1")))
     corpora = open_inputs(settings)
     graphs = wants_graphs(settings)
     joined = join_job(settings.parallel.timeout_seconds, Path(settings.run.dir), graphs=graphs)

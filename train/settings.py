@@ -5,7 +5,7 @@ known one, wrong types with the type that was expected.
 """
 
 import dataclasses
-import difflib
+import importlib.metadata
 import os
 import re
 import typing
@@ -23,12 +23,14 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from parallel.errors import ConfigError, DataError
+from model.config import ModelConfig
+from model.mcore_fields import refuse_values
+from parallel.errors import ConfigError, DataError, nearest, shown
 from train.config import RunSettings
 from train.run_files import PUBLISHED
 from train.schema.data import BlendPhase, CorpusWeight
 from train.schema.evaluation import EvaluationSet
-from train.typed import check_value, declared, nearest, shown, words
+from train.typed import can_be_given, check_value, declared, words
 from upcycle.stage_config import StageConfig
 
 
@@ -62,8 +64,7 @@ def _nearest_by_last_word(word: str) -> str:
     """`nearest` for a key without its group; of an element of a list in a preset OmegaConf leaves out where it is."""
     lasts = {f.name: f.name for cls in _ELEMENTS for f in dataclasses.fields(cls)}
     lasts |= {key.rsplit(".", 1)[-1]: key for key in known_keys()}
-    (close,) = difflib.get_close_matches(word, lasts, n=1, cutoff=0.7) or [""]
-    return f"; did you mean {lasts[close]}?" if close else ""
+    return nearest(word, lasts, 0.7)
 
 
 def _rule_keys() -> list[str]:
@@ -177,7 +178,56 @@ def to_settings(tree: Any) -> RunSettings:
         raise ConfigError(explain(e)) from None
     if not isinstance(settings, RunSettings):
         raise TypeError(f"configs/config.yaml no longer starts from the schema: got {type(settings)}")
+    _check_passed_on(settings.model)
     return settings
+
+
+def _check_passed_on(model: ModelConfig) -> None:
+    """Check the fields of `model.mcore` and their values by what the installed mcore declares of them.
+
+    Raises:
+        ConfigError: naming the field, its value and what it must be, or the nearest field that mcore has.
+    """
+    if not model.mcore:
+        return
+    # Here and not above: it loads torch and mcore, which planning is quick without.
+    from parallel.compat import quiet_megatron
+
+    quiet_megatron()
+    from model.mcore_config import config_class, declared_fields
+
+    kinds = declared_fields(model)
+    for name, value in model.mcore.items():
+        key = f"model.mcore.{name}"
+        if name not in kinds:
+            near = nearest(str(name), list(kinds)) or ": leave it out"
+            version = importlib.metadata.version("megatron-core")
+            raise ConfigError(
+                f"{key}={shown(value)}: {config_class(model).__name__} of megatron-core {version} has no such field{near}"
+            )
+        if value is not None and not can_be_given(kinds[name]):
+            raise ConfigError(
+                f"{key}={shown(value)} stands for an object of mcore's that no setting can name: leave it out"
+            )
+        check_value(key, value, kinds[name], exact=True)
+    refuse_values(model, kinds)
+
+
+def refuse_passed_on(settings: RunSettings) -> None:
+    """Refuse fields of `model.mcore` that no machine can build a stage with: for commands that do not run the settings.
+
+    Where no field is passed on it costs nothing. Otherwise it loads torch and mcore, as typing them does.
+
+    Args:
+        settings: checked settings.
+
+    Raises:
+        ConfigError: naming the stage and the fields, in mcore's words.
+    """
+    if settings.model.mcore:
+        from train.buildable import refuse_anywhere
+
+        refuse_anywhere(settings)
 
 
 def load_settings(overrides: list[str], world_size: int | None = None) -> RunSettings:

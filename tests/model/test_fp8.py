@@ -62,7 +62,7 @@ def _told() -> tuple[str, Any, Any, bool]:
 
     config, layout = model_config(fp8="hybrid", fp8_recipe="blockwise"), layout_of()
     with pytest.raises(ConfigError) as refused:
-        build.transformer_config(config, 8, layout, "bf16")
+        build.transformer_config(config, 8, layout.config, "bf16", device=layout.device)
     # What a Hopper card with Transformer Engine would be told; mcore's own checks of the combination run.
     with (
         mock.patch.object(build, "experts_kind", return_value="te"),
@@ -70,7 +70,7 @@ def _told() -> tuple[str, Any, Any, bool]:
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA H200"),
     ):
-        made = build.transformer_config(config, 8, layout, "bf16")
+        made = build.transformer_config(config, 8, layout.config, "bf16", device=layout.device)
     return str(refused.value), made.fp8, made.fp8_recipe, made.moe_router_padding_for_quantization
 
 

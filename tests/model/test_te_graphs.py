@@ -136,7 +136,7 @@ def _accepted() -> int:
                 )
                 model, performance = resolved(at, choose(at))
                 with mock.patch.object(build, "experts_kind", return_value="te"):
-                    config = build.transformer_config(model, 4, layout, "bf16", performance=performance)
+                    config = build.transformer_config(model, 4, layout.config, "bf16", performance=performance)
                 scope = getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope
                 assert config.cuda_graph_impl == "transformer_engine" and [part.name for part in scope] == ["attn"]
                 assert config.cuda_graph_warmup_steps == 3 and config.moe_token_dispatcher_type == dispatcher

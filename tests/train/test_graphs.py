@@ -43,7 +43,7 @@ _BF16 = [_ON, "run.precision=bf16", "data.corpus=none"]
         (["model.recompute=full"], "model.recompute=full computes attention again: use model.recompute=selective"),
         (["model.recompute=selective"], "has core_attn, which is computed again inside attention: leave it out"),
         (["model.recompute=selective", "model.recompute_modules=[moe_act,layernorm]"], "has layernorm, which"),
-        (["+model.mcore.qk_clip=true"], r"model\.mcore\.qk_clip=True does not go with it"),
+        (["+model.mcore.qk_clip=true"], r"model\.mcore\.qk_clip=true does not go with it"),
         (
             ["+model.mcore.cuda_graph_impl=none"],
             r"model\.mcore\.cuda_graph_impl=none: CUDA graphs have a key of their own",

@@ -23,6 +23,7 @@ from model.sharded_state import load_weights
 from parallel.config import ParallelConfig
 from parallel.errors import CheckpointError, ConfigError
 from parallel.layout import Layout, join_job, leave_job
+from train.buildable import refuse_unbuildable
 from train.checkpoint.folder import DamagedCheckpoint
 from train.config import RunSettings
 from train.data.stream import open_corpora
@@ -112,6 +113,8 @@ def _settings(source: Source, overrides: list[str]) -> RunSettings:
     model = replace(source.settings.model, num_experts=source.manifest.num_experts)
     settings = replace(source.settings, model=model, parallel=parallel, upcycle=UpcycleConfig())
     settings.check(world)
+    # As `build_network` builds it.
+    refuse_unbuildable(replace(settings, performance=replace(settings.performance, cuda_graphs="none")), world)
     return settings
 
 
