@@ -193,6 +193,18 @@ def _commit() -> str:
     return told.stdout.strip() or "unknown (no git here)"
 
 
+def _card() -> str:
+    """Name of the first GPU, from its driver if that can be asked: torch would hold a part of its memory from then on."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        told = ""
+    import torch
+
+    return told.splitlines()[0] if told else torch.cuda.get_device_name()
+
+
 def _section_main(name: str, small: bool) -> int:
     from benchmarks.gpu.rows import print_row
 
@@ -250,7 +262,7 @@ def main() -> int:
         return 2
     sections: dict[str, Any] = {}
     result = {
-        "card": torch.cuda.get_device_name() if cards else "none: CPU, tiny shapes", "cards": processes,
+        "card": _card() if cards else "none: CPU, tiny shapes", "cards": processes,
         "versions": _versions(), "commit": _commit(), "date": time.strftime("%Y-%m-%d"),
         "command": "python " + " ".join(sys.argv), "small": options.small, "seconds": 0.0, "sections": sections,
     }  # fmt: skip

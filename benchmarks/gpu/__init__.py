@@ -41,7 +41,7 @@ class Section:
 _REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 SECTIONS = {
-    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 30, "machine"),
+    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 40, "machine"),
     "switch": Section("the live switch: bit-identical to the checkpoint path, pause, peak memory", 90, "switch"),
     "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 95, "train"),
     "several": Section("on all GPUs: 7B to 13B, EP growth, dispatchers, overlap", 110, "several", many=True),
@@ -50,6 +50,6 @@ SECTIONS = {
     "graphs": Section("CUDA graphs of attention through an expansion, against none", 45, "graphs"),
     "family": Section("family routing's cost per step", 25, "family"),
     "peer": Section("one MoE block beside torchtitan's", 20, "peer"),
-    "kinds": Section("one checkpoint read by every expert module: the same losses", 45, "kinds", variables=_REPEATABLE),
-    "faults": Section("on purpose: out of memory, too many processes, a collective that times out", 40, "faults"),
+    "kinds": Section("one checkpoint read by every expert module: the same losses", 40, "kinds", variables=_REPEATABLE),
+    "faults": Section("on purpose: out of memory, too many processes, a collective that times out", 35, "faults"),
 }

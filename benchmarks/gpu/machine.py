@@ -27,6 +27,8 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         yield row("memory", properties.total_memory / 2**30, "GiB")
         yield row("compute capability", f"{properties.major}.{properties.minor}")
         yield row("CUDA of torch", str(torch.version.cuda))
+        if torch.distributed.is_nccl_available():
+            yield row("NCCL of torch", ".".join(map(str, torch.cuda.nccl.version())))
     yield row("processor cores", os.cpu_count())
     yield row("memory of the host", psutil.virtual_memory().total / 2**30, "GiB")
     yield row("room for temporary files", shutil.disk_usage(tempfile.gettempdir()).free / 2**30, "GiB")
