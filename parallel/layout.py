@@ -7,6 +7,7 @@ asks the layout for coordinates and collectives; only this package touches torch
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -326,8 +327,13 @@ class Layout:
 def leave_job(joined: bool) -> None:
     """Destroy mcore's groups, and leave the process group if `join_job` joined it.
 
-    No rank waits for another: one that failed leaves alone.
+    No rank waits for another: one that failed leaves alone. Destroying a group of NCCL waits until its last collective is
+    done, which it never is where another rank has not come; so while an error is on its way out of a job on several GPUs,
+    its groups are left to the end of the process, at which torch gives them up.
     """
+    lost = sys.exc_info()[0] is not None and dist.is_initialized() and dist.get_world_size() > 1
+    if lost and dist.get_backend() == "nccl":
+        return
     if parallel_state.model_parallel_is_initialized():
         _destroy_groups()
     if joined and dist.is_initialized():

@@ -7,7 +7,9 @@ import gc
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
 
 from parallel.config import ParallelConfig
@@ -65,6 +67,28 @@ def _rounds(number: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[
         held.append(_held())
     leave_job(False)
     return held, before, _held(), norms
+
+
+@pytest.mark.parametrize(("backend", "left"), [("nccl", [2]), ("gloo", [1, 2])])
+def test_a_rank_that_fails_alone_waits_for_nothing_of_nccls(backend: str, left: list[int]) -> None:
+    # NCCL's groups are destroyed once their last collective is done, to which another rank may never come.
+    destroyed: list[int] = []
+    with mock.patch.multiple(
+        "parallel.layout.dist",
+        is_initialized=lambda: True,
+        get_world_size=lambda: 2,
+        get_backend=lambda: backend,
+        destroy_process_group=lambda: destroyed.append(len(acts)),
+    ):
+        acts = ["fails"]
+        with pytest.raises(ZeroDivisionError):
+            try:
+                raise ZeroDivisionError
+            finally:
+                leave_job(True)
+        acts.append("ends")
+        leave_job(True)
+    assert destroyed == left
 
 
 def test_changing_the_layout_leaks_nothing() -> None:
