@@ -27,6 +27,7 @@ from model.divergence import Siblings
 from parallel.errors import DataError
 from parallel.layout import Layout
 from train.data.batches import Batch, dataset_config, micro_batches, read_batch
+from train.data.index_files import built
 from train.data.manifest import CorpusManifest, load_manifest
 from train.data.stream import refuse_without_ends
 from train.data.tokenizers import Tokenizer
@@ -247,8 +248,8 @@ def _build(opened: ValidationSet, data: DataConfig, tokenizer: Tokenizer, seed: 
     # In mcore's slot for validation, whichever split of the corpus it is.
     config = dataset_config(data, tokenizer, seed, [None, (paths, weights), None], fingerprint, cache)
     samples = [0, opened.batches * data.global_batch_size, 0]
-    _, built, _ = BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
-    return built
+    with built(cache):
+        return BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()[1]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from train.config import RunSettings
 from train.console import Console
 from train.course import settings_on
 from train.data.blends import Position, refuse_used_up, stream_blends
+from train.data.index_files import drop_broken
 from train.data.sample_order import Blend, SampleOrder
 from train.data.stream import DataStream, phases_of
 from train.evaluation import Evaluated, Evaluation, evaluate
@@ -196,6 +197,9 @@ class Run:
     def open_data(self, manifest: Manifest | None) -> None:
         """Read from where a checkpoint stands, or from the beginning."""
         data, here = self.settings.data, self.position(manifest)
+        with self.layout.together("looking at the index of the samples"):
+            if self.layout.rank == 0 and (broken := drop_broken(self.files.run_dir / "cache")):
+                self.console.say(f"index files that were not whole are made again: {', '.join(broken)}")
         order = self._order_of(self.settings, self.persistence.known_blends(manifest), here)
         self.data = DataStream(
             data,

@@ -22,6 +22,7 @@ from train.corpus.__main__ import main
 from train.corpus.build import CorpusRequest, build_corpus
 from train.corpus.sources import find_sources
 from train.corpus.splits import LEFT_OUT, VALID, assign_splits, scan
+from train.data.index_files import built, drop_broken
 from train.data.manifest import CorpusManifest, load_manifest
 from train.data.tokenizers import train_bpe
 
@@ -114,6 +115,36 @@ def test_mcore_gpt_dataset_serves_the_documents(tmp_path: Path, texts: dict[str,
             start = int(dataset.shuffle_index[i]) * 32
             assert dataset[i]["tokens"].tolist() == stream[start : start + 32]
             assert dataset[i]["labels"].tolist() == stream[start + 1 : start + 33]
+
+
+def test_an_index_that_a_killed_job_left_half_written_is_made_again(tmp_path: Path, texts: dict[str, str]) -> None:
+    manifest, cache = build(tmp_path), tmp_path / "cache"
+    train, _ = gpt_datasets(manifest, cache, 32)
+    wanted = [sample["tokens"].tolist() for sample in train]
+    assert drop_broken(cache) == [] == drop_broken(tmp_path / "nowhere")
+    cut, empty = (next(cache.glob(f"*-train-{name}_index.npy")) for name in ("shuffle", "sample"))
+    os.truncate(cut, cut.stat().st_size - 1)
+    os.truncate(empty, 0)
+    with pytest.raises((ValueError, EOFError)):
+        gpt_datasets(manifest, cache, 32)
+    assert drop_broken(cache) == sorted([cut.name, empty.name])
+    train, _ = gpt_datasets(manifest, cache, 32)
+    assert [sample["tokens"].tolist() for sample in train] == wanted
+
+
+def test_a_disk_that_refuses_an_index_is_named(tmp_path: Path, texts: dict[str, str]) -> None:
+    manifest = build(tmp_path)
+    (tmp_path / "cache").write_text("in the way")
+    with (
+        pytest.raises(DataError, match="cache: the index of the samples cannot be written or read"),
+        built(tmp_path / "cache"),
+    ):
+        gpt_datasets(manifest, tmp_path / "cache", 32)
+    with pytest.raises(DataError, match="No space left on device"), built(tmp_path):
+        # As mcore does it on rank 0 of a job.
+        raise Exception("Failed to write dataset materials") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ValueError, match="else"), built(tmp_path):
+        raise ValueError("else")
 
 
 def test_rebuilt_corpus_does_not_meet_the_cached_indices_of_the_old_one(tmp_path: Path, texts: dict[str, str]) -> None:

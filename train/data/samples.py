@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from train.data.batches import dataset_config
+from train.data.index_files import built
 from train.data.manifest import CorpusManifest
 from train.data.sample_order import SampleOrder
 from train.data.tokenizers import Tokenizer
@@ -59,7 +60,8 @@ class TrainingSamples:
         blends = [([str(corpus.path("train"))], None), None, None]
         config = dataset_config(self.config, self.tokenizer, seed, blends, fingerprint, self._cache)
         # Without a number of samples mcore makes one epoch.
-        train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
+        with built(self._cache):
+            train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
         return train
 
     def open(self, first: int, samples: int) -> None:

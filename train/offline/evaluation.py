@@ -26,6 +26,7 @@ from parallel.layout import Layout, join_job, leave_job
 from train.buildable import refuse_unbuildable
 from train.checkpoint.folder import DamagedCheckpoint
 from train.config import RunSettings
+from train.data.index_files import drop_broken
 from train.data.stream import open_corpora
 from train.evaluation import Evaluation, Figures, ValidationSet, open_set, open_sets, refuse_other_tokenizer
 from train.hf.start import check_imported
@@ -171,6 +172,8 @@ def _folder(layout: Layout, cache: Path | None) -> Iterator[Path]:
     with layout.together("making a folder for index files"):
         if layout.rank == 0 and cache is None:
             made = tempfile.mkdtemp(prefix="coppice-evaluate-")
+        elif layout.rank == 0 and cache is not None:
+            drop_broken(cache)
     made = layout.from_rank_zero(made)
     try:
         yield Path(made) if cache is None else cache
