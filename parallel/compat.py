@@ -97,6 +97,20 @@ def compile_obstacle() -> str | None:
     return None if header.is_file() else f"Python's headers are not installed ({header})"
 
 
+def before_megatron() -> None:
+    """What comes before the first import of mcore: less noise; on GPUs a look at its compiler and Transformer Engine.
+
+    Raises:
+        LaunchError: on GPUs a Transformer Engine is installed that cannot be used (`refuse_unusable`).
+    """
+    quiet_megatron()
+    if torch.cuda.is_available():
+        if compile_obstacle():
+            disable_compile()
+        # mcore takes an ImportError for absence and lets other errors through.
+        refuse_unusable()
+
+
 def prepare_megatron() -> None:
     """Makes mcore usable in this process: CPU runtime where there is no CUDA, an upstream bug bridged, less noise.
 
@@ -106,13 +120,8 @@ def prepare_megatron() -> None:
         LaunchError: this mcore version cannot run on CPU (see `install_cpu_runtime`), or on GPUs a Transformer Engine is
             installed that cannot be used (`refuse_unusable`).
     """
-    quiet_megatron()
-    if torch.cuda.is_available():
-        if compile_obstacle():
-            disable_compile()
-        # Before mcore's own import, which takes an ImportError for absence and lets other errors through.
-        refuse_unusable()
-    else:
+    before_megatron()
+    if not torch.cuda.is_available():
         install_cpu_runtime()
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention

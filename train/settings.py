@@ -133,7 +133,24 @@ def _check_override(override: Override) -> None:
     if options is not None and not isinstance(value, str):
         raise ConfigError(f"{key}={shown(value)} names no preset: use one of {', '.join(options)}")
     if options is None and kind is not None:
-        check_value(key, value, kind)
+        try:
+            check_value(key, value, kind)
+        except ConfigError:
+            if isinstance(value, bool) and kind in (str, str | None):
+                _name_choices(key, value)
+            raise
+
+
+def _name_choices(key: str, value: bool) -> None:
+    """Refuse a switch for a key of fixed words by the check of its group, which names them; nothing for another key.
+
+    Raises:
+        ConfigError: naming the key, the value and the words.
+    """
+    group, _, name = key.rpartition(".")
+    owner = declared(RunSettings, group)
+    if dataclasses.is_dataclass(owner) and isinstance(owner, type):
+        owner(**{name: shown(value)})
 
 
 def compose_settings(overrides: list[str]) -> Any:
@@ -191,9 +208,9 @@ def _check_passed_on(model: ModelConfig) -> None:
     if not model.mcore:
         return
     # Here and not above: it loads torch and mcore, which planning is quick without.
-    from parallel.compat import quiet_megatron
+    from parallel.compat import before_megatron
 
-    quiet_megatron()
+    before_megatron()
     from model.mcore_config import config_class, declared_fields
 
     kinds = declared_fields(model)

@@ -179,6 +179,7 @@ def test_a_value_of_another_kind_is_refused_by_the_full_key(key: str, words: str
         ("model.dropout=1.5", r"model\.dropout=1\.5 must be below 1"),
         ("model.rope_percent=2", r"model\.rope_percent=2\.0 must be 1 at most"),
         ("run.resume=''", r"run\.resume is empty"),
+        ("model.recompute=true", r"^model\.recompute=true is unknown: use one of none, selective, full$"),
         ("tracking.name=''", r"tracking\.name is empty"),
     ],
 )  # fmt: skip
