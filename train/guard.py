@@ -150,7 +150,7 @@ def held_from(run_dir: Path) -> int | None:
     path = run_dir / RETURNED
     try:
         return int(json.loads(path.read_text())["step"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path} is damaged ({e}): restore it, or remove it to let the stages happen again") from None

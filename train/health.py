@@ -114,7 +114,7 @@ def read_skipped(run_dir: Path) -> list[Stretch]:
     path = run_dir / SKIPPED
     try:
         return [(int(first), int(count)) for first, count in json.loads(path.read_text())["stretches"]]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path} is damaged ({e}): restore it, or remove it to train on what was left out") from None

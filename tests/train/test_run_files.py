@@ -272,6 +272,11 @@ def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
         RunFiles(tmp_path / "run").prepare()
     with pytest.raises(DataError, match="cannot create this folder"):
         make_directory(tmp_path / "run" / "inner")
+    # What is read before holds nothing, and is no damaged record.
+    from train.guard import held_from
+    from train.health import read_skipped
+
+    assert held_from(tmp_path / "run") is None and read_skipped(tmp_path / "run" / "inner") == []
 
 
 def test_a_full_disk_is_a_data_error() -> None:
