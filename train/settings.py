@@ -5,6 +5,7 @@ known one, wrong types with the type that was expected.
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import os
 import re
@@ -199,18 +200,33 @@ def to_settings(tree: Any) -> RunSettings:
     return settings
 
 
+def _mcore_loads() -> bool:
+    """Whether mcore can be imported here, which takes seconds.
+
+    Transformer Engine without the libraries of a GPU keeps it from that. A submission and a plan may be made on such a
+    machine: what only mcore can say is then said where the job runs.
+    """
+    # Here and not above: planning is quick without torch and mcore.
+    from parallel.compat import before_megatron
+
+    before_megatron()
+    try:
+        importlib.import_module("model.mcore_config")
+    except ImportError:
+        raise
+    except Exception:
+        return False
+    return True
+
+
 def _check_passed_on(model: ModelConfig) -> None:
     """Check the fields of `model.mcore` and their values by what the installed mcore declares of them.
 
     Raises:
         ConfigError: naming the field, its value and what it must be, or the nearest field that mcore has.
     """
-    if not model.mcore:
+    if not model.mcore or not _mcore_loads():
         return
-    # Here and not above: it loads torch and mcore, which planning is quick without.
-    from parallel.compat import before_megatron
-
-    before_megatron()
     from model.mcore_config import config_class, declared_fields
 
     kinds = declared_fields(model)
@@ -241,7 +257,7 @@ def refuse_passed_on(settings: RunSettings) -> None:
     Raises:
         ConfigError: naming the stage and the fields, in mcore's words.
     """
-    if settings.model.mcore:
+    if settings.model.mcore and _mcore_loads():
         from train.buildable import refuse_anywhere
 
         refuse_anywhere(settings)

@@ -1,5 +1,6 @@
 """What is wrong with `model.mcore` is told before any process group: a field, a value, a combination that mcore refuses."""
 
+import importlib
 import logging
 import random
 import typing
@@ -114,6 +115,37 @@ def test_a_plan_leaves_open_what_only_the_machine_of_the_run_can_say() -> None:
         assert settings_without_corpus([*words, *more], 2).model.mcore
     with pytest.raises(ConfigError, match=r"^model\.mcore\.no_rope_freq=3: megatron-core refuses"):
         settings_without_corpus([*words, "+model.mcore.no_rope_freq=3"], 2)
+
+
+def test_a_plan_asks_mcore_of_the_engine_where_that_is() -> None:
+    from megatron.core.transformer import transformer_config
+
+    words = ["run.precision=bf16", "model.fp8=hybrid", "+model.mcore.symmetric_ar_type=one_shot"]
+    settings = load_settings([*_PLAIN, *words, "data.global_batch_size=32"], 2)
+    with mock.patch("train.buildable.have_transformer_engine", return_value=True):
+        with mock.patch.object(transformer_config, "is_te_min_version", return_value=True):
+            refuse_passed_on(settings)
+        with (
+            mock.patch.object(transformer_config, "is_te_min_version", return_value=False),
+            pytest.raises(ConfigError, match="megatron-core refuses this model: Only transformer-engine"),
+        ):
+            refuse_passed_on(settings)
+
+
+def test_a_machine_that_cannot_load_mcore_leaves_its_fields_to_the_job() -> None:
+    """As Transformer Engine makes it where it is installed without the libraries of a GPU."""
+    real = importlib.import_module
+
+    def without_libraries(name: str, *more: Any) -> Any:
+        if name == "model.mcore_config":
+            raise RuntimeError("cudnn shared object not found.")
+        return real(name, *more)
+
+    with mock.patch.object(importlib, "import_module", side_effect=without_libraries):
+        settings = load_settings([*_PLAIN, "+model.mcore.no_rope_freq=none"], 2)
+        refuse_passed_on(settings)
+    with pytest.raises(ConfigError, match=r"no_rope_freq=none must be a whole number"):
+        load_settings([*_PLAIN, "+model.mcore.no_rope_freq=none"], 2)
 
 
 def test_a_run_is_refused_before_ranks_meet() -> None:
