@@ -71,11 +71,12 @@ def _largest_that_fits(sizes: list[list[str]], prefix: Path, folder: Path) -> It
         prefix: of the corpus.
         folder: for the runs.
     """
-    what = "largest that fits"
+    what, grown = "largest that fits", False
     for number, size in enumerate(sizes[:3]):
         try:
             with after_switch("live", size, prefix, folder / f"largest-{number}", 1) as (run, found):
                 yield from largest(found, what)
+                grown = True
                 yield from _beside_a_save(run, found["pause"], what, folder)
             return
         except (torch.OutOfMemoryError, CoppiceError) as e:
@@ -84,6 +85,9 @@ def _largest_that_fits(sizes: list[list[str]], prefix: Path, folder: Path) -> It
         gc.collect()
         empty_cache(device())
         yield row(f"{what}: {size[1]}", f"failed: {why}", goal="none fails", met=False)
+        if grown:
+            # The switch has its figures, and what failed is the save beside it.
+            return
 
 
 def _by_way_of_the_host(few: list[str], prefix: Path, folder: Path, disk: dict[str, Any]) -> Iterator[dict[str, Any]]:
