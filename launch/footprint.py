@@ -232,8 +232,9 @@ def activation_bytes(
 
     Full recomputation keeps H per unit of layers, selective drops what its modules compute (`_dropped_elements`); what is
     computed again is there once more for one unit, or one layer. In flight: mcore's 1F1B warm-up, min(pipeline - rank,
-    accumulation) micro-batches, or its interleaved count. CUDA graphs keep inputs of their own for each of these. Buffers
-    of kernels, of communication and of the allocator are not in it.
+    accumulation) micro-batches, or its interleaved count; woven together (performance.expert_parallel_overlap) also a layer
+    of the next micro-batch, or one chunk more in the interleaved count. CUDA graphs keep inputs of their own for each of
+    these. Buffers of kernels, of communication and of the allocator are not in it.
     """
     model, data = settings.model, settings.data
     weight, tensor = (2 if settings.run.precision == "bf16" else 4), parallel.tensor
@@ -241,10 +242,11 @@ def activation_bytes(
     accumulation = data.global_batch_size // (data.micro_batch_size * parallel.data(world_size))
     moe = set(model.moe_layer_numbers()) if num_experts else set()
     pipeline, number = parallel.pipeline, parallel.chunks()
-    kept_by_chunk, again = [], 0.0
+    kept_by_chunk, again, largest = [], 0.0, 0.0
     for chunk in (c for c in chunks if c.stage == stage):
         experts = [num_experts if layer + 1 in moe else 0 for layer in chunk.layers]
         whole = [_layer_elements(model, count, parallel, data.sequence_length, flash) for count in experts]
+        largest = max([largest, *whole])
         unit = model.recompute_layers
         if model.recompute == "full" and model.recompute_method == "block":
             kept = len(whole[:unit]) * model.hidden_size / tensor + sum(whole[unit:])
@@ -258,13 +260,18 @@ def activation_bytes(
             kept = sum(whole) - sum(dropped)
             again = max([again, *dropped])
         kept_by_chunk.append(kept)
+    woven = (
+        settings.performance.expert_parallel_overlap and num_experts > 0 and parallel.expert > 1 and accumulation > 1
+    )
     if number == 1:
         in_flight = [min(pipeline - stage, accumulation)]
     else:
-        warm = min((pipeline - stage - 1) * 2 + (number - 1) * pipeline + 1, number * accumulation)
+        warm = min((pipeline - stage - 1) * 2 + (number - 1) * pipeline + 1 + woven, number * accumulation)
         in_flight = [warm // number + (index < warm % number) for index in range(number)]
     elements = sum(n * kept for n, kept in zip(in_flight, kept_by_chunk, strict=True))
     elements += again
+    if woven and number == 1:
+        elements += largest
     if stage == 0:
         elements += in_flight[0] * model.hidden_size / tensor
     total = elements * weight

@@ -167,7 +167,8 @@ def _decided(
     if machine is None:
         return settings, ()
     families = routes_in_families(settings, number)
-    return accelerated(settings, settings.parallel_of(number), machine, processes, families=families)
+    experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
+    return accelerated(settings, experts, settings.parallel_of(number), machine, processes, families=families)
 
 
 def _assumptions(settings: RunSettings, flash: bool) -> list[str]:

@@ -71,6 +71,9 @@ def _changes(settings: RunSettings) -> Iterator[Iterator[tuple[str, RunSettings]
     if settings.model.recompute_method == "block":
         every = replace(settings.model, recompute_method="uniform", recompute_layers=1)
         yield iter([("model.recompute_method=uniform model.recompute_layers=1", replace(settings, model=every))])
+    if settings.performance.expert_parallel_overlap:
+        apart = replace(settings.performance, expert_parallel_overlap=False)
+        yield iter([("performance.expert_parallel_overlap=false", replace(settings, performance=apart))])
     size, smaller = settings.data.micro_batch_size, []
     while size > 1:
         size //= 2

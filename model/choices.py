@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from model import expert_overlap
 from model.config import ModelConfig
+from model.expert_overlap import nothing_to_hide, refuse_overlap
 from model.graphs import KEY, WARMUP_STEPS, refuse_graphs
 from model.performance import PerformanceConfig
 from parallel.config import ParallelConfig
@@ -48,6 +50,7 @@ class Situation:
 
     Attributes:
         model: the network.
+        num_experts: experts per MoE layer in the stage; 0 for a dense model.
         performance: what the user asked for.
         overlap_grad_reduce: the key of the optimizer.
         overlap_param_gather: the same.
@@ -61,6 +64,7 @@ class Situation:
     """
 
     model: ModelConfig
+    num_experts: int
     performance: PerformanceConfig
     overlap_grad_reduce: bool | str
     overlap_param_gather: bool | str
@@ -75,7 +79,7 @@ class Situation:
     @property
     def spread(self) -> int:
         """Ranks that tokens travel between in an MoE layer."""
-        return self.parallel.expert * self.parallel.expert_tensor if self.model.num_experts else 1
+        return self.parallel.expert * self.parallel.expert_tensor if self.num_experts else 1
 
     @property
     def replicas(self) -> int:
@@ -97,6 +101,7 @@ _TOGGLES = {
     "cross_entropy_fusion": "cross_entropy_loss_fusion",
     "gradient_accumulation_fusion": "gradient_accumulation_fusion",
     "shared_expert_overlap": "moe_shared_expert_overlap",
+    "expert_parallel_overlap": "overlap_moe_expert_parallel_comm",
 }
 _DISPATCHER, _BACKEND = "moe_token_dispatcher_type", "moe_flex_dispatcher_backend"
 
@@ -122,9 +127,16 @@ def choose(at: Situation) -> tuple[Choice, ...]:
             f"performance.flex_backend={at.performance.flex_backend} is of the flex dispatcher, and this is "
             f"{dispatcher.value} ({dispatcher.why}): use performance.flex_backend=auto, or model.dispatcher=flex"
         )
+    overlap = _expert_parallel(at, dispatcher)
+    choices += overlap
+    woven = any(choice.value for choice in overlap)
     wishes: list[tuple[str, bool | str, _Verdict]] = [
         *((f"performance.{name}", getattr(at.performance, name), rule(at)) for name, rule in _RULES.items()),
-        ("performance.shared_expert_overlap", at.performance.shared_expert_overlap, _shared_experts(at, dispatcher)),
+        (
+            "performance.shared_expert_overlap",
+            at.performance.shared_expert_overlap,
+            _shared_experts(at, dispatcher, woven),
+        ),
         ("optimizer.overlap_grad_reduce", at.overlap_grad_reduce, _grad_reduce(at)),
     ]
     choices += [_decided(*wish) for wish in wishes]
@@ -146,7 +158,7 @@ def _decided(key: str, wish: bool | str, verdict: _Verdict) -> Choice:
 
 def _flex_obstacle(at: Situation) -> str | None:
     """What stands in the way of the flex dispatcher."""
-    if not at.model.num_experts:
+    if not at.num_experts:
         return "the model is dense"
     if at.machine.gpu is None:
         return "it needs a GPU"
@@ -219,13 +231,13 @@ def _engine(at: Situation, why: str) -> _Verdict:
 
 
 def _permute(at: Situation) -> _Verdict:
-    if not at.model.num_experts:
+    if not at.num_experts:
         return "the model is dense", False, ""
     return _engine(at, "one kernel of Transformer Engine instead of several of torch")
 
 
 def _router(at: Situation) -> _Verdict:
-    if not at.model.num_experts:
+    if not at.num_experts:
         return "the model is dense", False, ""
     if at.families:
         return "the stage routes in families (exact mode), which is a router of our own", False, ""
@@ -266,9 +278,11 @@ _RULES: dict[str, Callable[[Situation], _Verdict]] = {
 # ---- overlap ---------------------------------------------------------------------------------------------------------
 
 
-def _shared_experts(at: Situation, dispatcher: Choice) -> _Verdict:
-    if not at.model.num_experts or at.model.shared_expert_ffn_hidden_size is None:
+def _shared_experts(at: Situation, dispatcher: Choice, woven: bool) -> _Verdict:
+    if not at.num_experts or at.model.shared_expert_ffn_hidden_size is None:
         return "the model has no shared experts", False, ""
+    if woven:
+        return f"tokens travel under another micro-batch ({expert_overlap.KEY})", False, ""
     if dispatcher.value != "alltoall":
         return f"it needs model.dispatcher=alltoall, not {dispatcher.value}", False, ""
     if at.model.recompute == "selective" and "shared_experts" in at.model.recompute_modules:
@@ -278,6 +292,19 @@ def _shared_experts(at: Situation, dispatcher: Choice) -> _Verdict:
     if at.spread == 1:
         return None, False, "tokens do not travel"
     return None, True, "shared experts are computed while tokens travel"
+
+
+def _expert_parallel(at: Situation, dispatcher: Choice) -> list[Choice]:
+    """The overlap where it was asked for; it is never chosen, because it costs memory and no GPU has shown its worth."""
+    if not at.performance.expert_parallel_overlap:
+        return []
+    model = replace(at.model, dispatcher=str(dispatcher.value))
+    gpu = at.machine.gpu is not None
+    refuse_overlap(model, at.performance, at.num_experts, at.parallel, bf16=at.bf16, gpu=gpu)
+    why = nothing_to_hide(at.num_experts, at.parallel)
+    if why:
+        return [Choice(expert_overlap.KEY, False, f"nothing to hide: {why}", automatic=False)]
+    return [Choice(expert_overlap.KEY, True, "as set; not run on a GPU yet", automatic=False)]
 
 
 def _grad_reduce(at: Situation) -> _Verdict:

@@ -70,6 +70,7 @@ KEYS = {
     "cross_entropy_loss_fusion": "performance.cross_entropy_fusion",
     "gradient_accumulation_fusion": "performance.gradient_accumulation_fusion",
     "moe_shared_expert_overlap": "performance.shared_expert_overlap",
+    "overlap_moe_expert_parallel_comm": "performance.expert_parallel_overlap",
     "recompute_granularity": _RECOMPUTE,
     "recompute_modules": _RECOMPUTE,
     "recompute_method": _RECOMPUTE,
@@ -92,11 +93,14 @@ KEYS = {
 }
 _ONE_TENSOR = "makes one parameter of all experts, in a form that checkpoints and the switch do not know"
 _NOT_PRIMARY = "would keep weights in a form that no checkpoint, switch or fingerprint knows: they stay bf16"
+_LATE = "makes weight gradients after those that wait for them have gone on"
 # Field -> why no value but its neutral one can be had.
 REFUSED = {
     "fp8_param": _NOT_PRIMARY,
     "fp4_param": _NOT_PRIMARY,
     "fp4": "computes in 4 bits, of which neither sizes nor devices are checked: use model.fp8",
+    "delay_wgrad_compute": _LATE,
+    "overlap_dispatch_backward_with_experts_wgrad": _LATE,
     "moe_single_grouped_weight": _ONE_TENSOR,
     "moe_single_grouped_bias": _ONE_TENSOR,
     "moe_mlp_glu_interleave_size": "mixes the rows of gate and up projections, as checkpoints and published models do not",

@@ -1,7 +1,7 @@
 """Typed schema of the `performance` group: what makes a step faster and changes nothing of what is trained.
 
-Every key but `cuda_graphs` is `auto` unless set: what that becomes depends on the machine, the layout and what is installed,
-and the run and `python -m launch plan` say it with the reason. On CPU all of it is off.
+Every key but `cuda_graphs` and `expert_parallel_overlap` is `auto` unless set: what that becomes depends on the machine, the
+layout and what is installed, and the run and `python -m launch plan` say it with the reason. On CPU all of it is off.
 """
 
 from dataclasses import dataclass
@@ -28,6 +28,9 @@ class PerformanceConfig:
     gradient_accumulation_fusion: bool | str = "auto"
     # Compute shared experts while tokens travel to the routed ones: auto, true or false.
     shared_expert_overlap: bool | str = "auto"
+    # Compute the backward pass of one micro-batch while tokens of the next travel to their experts, and the other way round
+    # (docs/gpu.md; keeps more activations, and has not been run on a GPU yet).
+    expert_parallel_overlap: bool = False
     # Library of the flex dispatcher: DeepEP, HybridEP, or whichever is installed and fits the GPU.
     flex_backend: str = "auto"
     # Replay the kernels of attention from CUDA graphs, captured after the first steps of a stage: none, or attention

@@ -10,12 +10,19 @@ from train.config import RunSettings
 
 
 def accelerated(
-    settings: RunSettings, parallel: ParallelConfig, machine: Machine, world_size: int, *, families: bool
+    settings: RunSettings,
+    num_experts: int,
+    parallel: ParallelConfig,
+    machine: Machine,
+    world_size: int,
+    *,
+    families: bool,
 ) -> tuple[RunSettings, tuple[Choice, ...]]:
     """Decide what makes a stage fast.
 
     Args:
         settings: of the run.
+        num_experts: experts per MoE layer in the stage; 0 for a dense model.
         parallel: layout of the stage.
         machine: where it runs.
         world_size: processes.
@@ -29,6 +36,7 @@ def accelerated(
     """
     at = Situation(
         model=settings.model,
+        num_experts=num_experts,
         performance=settings.performance,
         overlap_grad_reduce=settings.optimizer.overlap_grad_reduce,
         overlap_param_gather=settings.optimizer.overlap_param_gather,

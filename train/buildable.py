@@ -82,8 +82,8 @@ def check_stage(
     """
     parallel = settings.parallel_of(number)
     families = routes_in_families(settings, number)
-    concrete, _ = accelerated(settings, parallel, machine, world_size, families=families)
     experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
+    concrete, _ = accelerated(settings, experts, parallel, machine, world_size, families=families)
     transformer_config(
         concrete.model, experts, parallel, settings.run.precision, device=device, performance=concrete.performance
     )

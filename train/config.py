@@ -14,6 +14,7 @@ from model.alignment import check_grouped, check_groups
 from model.biases import check_biases
 from model.config import ModelConfig, divides
 from model.context_parallel import check_context
+from model.expert_overlap import refuse_overlap
 from model.fp8 import check_sizes
 from model.graphs import refuse_graphs
 from model.performance import PerformanceConfig
@@ -123,8 +124,12 @@ class RunSettings:
         self.upcycle.check(self.model, self.parallel, self.run.steps, begun=begun, keys=names, settled=settled)
         for parallel, keys in self._later_layouts(begun, names):
             self._check_layout(world_size, parallel, keys)
+        bf16 = self.run.precision == "bf16"
         for stage, experts in enumerate(self.upcycle.expert_counts(self.model.num_experts)):
             check_groups(self.model, experts, self.parallel_of(stage), stage)
+            if stage >= begun:
+                # What the machine has to say is heard later.
+                refuse_overlap(self.model, self.performance, experts, self.parallel_of(stage), bf16=bf16)
 
     def tokens_per_step(self) -> int:
         """Training tokens of one optimizer step."""

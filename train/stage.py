@@ -140,8 +140,8 @@ def build_stage(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    settings, choices = _on_this_machine(settings, layout, plans)
     num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
+    settings, choices = _on_this_machine(settings, num_experts, layout, plans)
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=not blank)
     if blank and settings.optimizer.distributed:
         _let_go_of_weights(chunks)
@@ -186,19 +186,19 @@ def build_network(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    # Graphs are of training alone, and what is only evaluated may be where none can be.
-    settings = replace(settings, performance=replace(settings.performance, cuda_graphs="none"))
-    settings, _ = _on_this_machine(settings, layout, plans)
+    # These two are of training alone, and what is only evaluated may be where they cannot be.
+    performance = replace(settings.performance, cuda_graphs="none", expert_parallel_overlap=False)
+    settings, _ = _on_this_machine(replace(settings, performance=performance), num_experts, layout, plans)
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=True)
     return Network(chunks=chunks, wrapped=[_in_precision(settings, chunk) for chunk in chunks])
 
 
 def _on_this_machine(
-    settings: RunSettings, layout: Layout, plans: Sequence[Mapping[str, Any]]
+    settings: RunSettings, num_experts: int, layout: Layout, plans: Sequence[Mapping[str, Any]]
 ) -> tuple[RunSettings, tuple[Choice, ...]]:
     """The settings of a stage with every `auto` decided where it runs, and the decisions."""
     families = families_of(plans) is not None
-    return accelerated(settings, layout.config, layout.machine(), layout.world_size, families=families)
+    return accelerated(settings, num_experts, layout.config, layout.machine(), layout.world_size, families=families)
 
 
 def _build_chunks(

@@ -36,14 +36,20 @@ def _loss(
 
 
 def _forward(
-    layout: Layout, count: torch.Tensor | None, batches: Iterator[Batch], model: Any
-) -> tuple[torch.Tensor, Any]:
+    layout: Layout,
+    count: torch.Tensor | None,
+    batches: Iterator[Batch],
+    model: Any,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """mcore's forward step function: the output of a micro-batch, or the plan of it where mcore weaves two together."""
     batch, options = next(batches), {}
     if "packed" in batch:
         options["packed_seq_params"] = to_device(batch["packed"], layout.device)
     batch = for_this_context_rank(batch, layout)
     mask = document_mask(batch["documents"]) if "documents" in batch else None
-    output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **options)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **options)
     return output, partial(_loss, batch["loss_mask"], layout, count)
 
 

@@ -296,6 +296,22 @@ def test_tables_are_narrow_and_hints_are_true(capsys: pytest.CaptureFixture[str]
     assert hint["needed_bytes"] < plan["needed_bytes"]
 
 
+@pytest.mark.parametrize("pipeline", [[], ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4"]])
+def test_micro_batches_woven_together_keep_more(pipeline: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["plan", "--processes", "8", "--vocab-size", "257", "--gpu-memory-gib", "0.0002", "--json", *_NETWORK,
+              "parallel.expert=2", "data.global_batch_size=32", "run.precision=bf16"]  # fmt: skip
+    plans = []
+    for woven in ("false", "true"):
+        assert main([*common, *pipeline, f"performance.expert_parallel_overlap={woven}"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    hint = "performance.expert_parallel_overlap=false"
+    assert plans[1]["needed_bytes"] > plans[0]["needed_bytes"]
+    assert [h["needed_bytes"] for h in plans[1]["hints"] if h["change"] == hint] == [
+        pytest.approx(plans[0]["needed_bytes"], rel=1e-3)
+    ]
+    assert not any(h["change"] == hint for h in plans[0]["hints"])
+
+
 def test_the_vocabulary_comes_from_the_corpus_or_the_command_line(tmp_path: Path) -> None:
     corpus = small_corpus(tmp_path)
     settings = settings_without_corpus([*_NETWORK, f"data.corpus={corpus}"], 1)

@@ -28,7 +28,8 @@ def _at(machine: Machine, *, expert: int = 8, world: int = 8, **changes: Any) ->
         documents=False,
         machine=machine,
     )
-    return Situation(**(values | changes))
+    values |= changes
+    return Situation(**({"num_experts": values["model"].num_experts} | values))
 
 
 def _values(at: Situation) -> dict[str, bool | str]:
@@ -124,6 +125,54 @@ def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any]
 def test_what_was_asked_for_and_cannot_be_is_refused(machine: Machine, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(_at(machine, **changes))
+
+
+_WOVEN = PerformanceConfig(expert_parallel_overlap=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({}, True),
+        ({"parallel": ParallelConfig(expert=8, pipeline=2, virtual_pipeline=2), "world_size": 16}, True),
+        ({"model": ModelConfig(num_experts=8), "num_experts": 16}, True),  # grown since
+        ({"model": ModelConfig(num_experts=8), "parallel": ParallelConfig(expert=8, expert_tensor=2, tensor=2),
+          "world_size": 16}, True),
+        ({"model": ModelConfig(num_experts=64, recompute="selective", recompute_modules=["moe_act"])}, True),
+        ({"parallel": ParallelConfig(), "world_size": 1}, False),
+        ({"model": ModelConfig(num_experts=0), "parallel": ParallelConfig()}, False),
+    ],
+)  # fmt: skip
+def test_micro_batches_are_woven_where_tokens_travel(changes: dict[str, Any], value: bool) -> None:
+    at = _at(_h100(), **({"performance": _WOVEN} | changes))
+    values = _values(at)
+    assert values["expert_parallel_overlap"] is value
+    if at.num_experts:
+        assert not (values["shared_expert_overlap"] and value)
+    model, performance = resolved(at, choose(at))
+    assert mcore_fields(model, performance)["overlap_moe_expert_parallel_comm"] is value
+    assert "expert_parallel_overlap" not in _values(_at(_h100(), **changes))
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "message"),
+    [
+        (_CPU, {}, r"expert_parallel_overlap=true cannot be here: it needs the streams of a GPU: use .*=false \(docs/gpu\.md\)"),
+        (_h100(), {"bf16": False}, "the run is fp32"),
+        (_h100(), {"parallel": ParallelConfig(expert=8, pipeline=2), "world_size": 16}, r"parallel\.virtual_pipeline of 2"),
+        (_h100(), {"model": ModelConfig(num_experts=64, dispatcher="allgather")}, "allgather sends all tokens"),
+        (_h100(), {"model": ModelConfig(num_experts=8)}, "with 8 experts on parallel.expert=8 ranks each has one"),
+        (_h100(), {"model": ModelConfig(num_experts=64, recompute="full")}, "recompute=full"),
+        (_h100(), {"model": ModelConfig(num_experts=64, recompute="selective", recompute_modules=["moe"])}, "has moe"),
+        (_h100(), {"model": ModelConfig(num_experts=64, shared_expert_ffn_hidden_size=8), "performance": PerformanceConfig(
+            expert_parallel_overlap=True, shared_expert_overlap=True)}, "shared_expert_overlap=true hides the same"),
+        (_h100(), {"performance": PerformanceConfig(expert_parallel_overlap=True, cuda_graphs="attention")},
+         "cuda_graphs=attention has not been tried"),
+    ],
+)  # fmt: skip
+def test_micro_batches_that_cannot_be_woven(machine: Machine, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(_at(machine, **({"performance": _WOVEN} | changes)))
 
 
 def test_sizes_of_newer_deepep_are_left_to_who_asks_for_them() -> None:

@@ -123,6 +123,7 @@ def _accepted() -> int:
                 more: dict[str, Any] = dict(recompute="selective", recompute_modules=modules) if modules else {}
                 at = Situation(
                     model=ModelConfig(**(te.SIZES | te.NETWORKS["gqa"] | more), dispatcher=dispatcher),
+                    num_experts=4,
                     performance=PerformanceConfig(cuda_graphs="attention", shared_expert_overlap=overlap),
                     overlap_grad_reduce="auto",
                     overlap_param_gather="auto",

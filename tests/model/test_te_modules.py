@@ -203,6 +203,7 @@ def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
     overlap = network.get("shared_expert_ffn_hidden_size") is not None
     at = Situation(
         model=ModelConfig(**(te.SIZES | network)),
+        num_experts=4,
         performance=PerformanceConfig(shared_expert_overlap=overlap),
         overlap_grad_reduce="auto",
         overlap_param_gather="auto",

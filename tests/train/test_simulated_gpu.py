@@ -71,6 +71,40 @@ def test_every_layout_and_kind_of_network(processes: int, overrides: list[str], 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (2, []),
+        (2, ["model.experts=sequential", "data.document_attention=true"]),
+        (2, ["model.layers=3", "model.dense_first=1", "model.balancing=aux_loss", "model.shared_expert_ffn_hidden_size=32",
+             "upcycle.stages=[{at_step: 3, factor: 2, mode: exact}]"]),
+        (2, ["model.recompute=selective", "model.recompute_modules=[moe_act,layernorm,shared_experts,core_attn]",
+             "model.shared_expert_ffn_hidden_size=32"]),
+        (2, ["parallel.tensor=2", "parallel.expert_tensor=1"]),
+        (2, ["parallel.expert=1", "upcycle.stages=[{at_step: 3, factor: 2, parallel: {expert: 2}}]"]),
+        (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4", "data.global_batch_size=16"]),
+    ],
+    ids=lambda value: value if isinstance(value, int) else (value or ["plain"])[0],
+)  # fmt: skip
+def test_micro_batches_woven_together_change_nothing_that_is_trained(
+    processes: int, overrides: list[str], tmp_path: Path
+) -> None:
+    told, peaks = [], []
+    for woven in ("false", "true"):
+        (folder := tmp_path / woven).mkdir()
+        settings = ["parallel.expert=2", *overrides, f"performance.expert_parallel_overlap={woven}"]
+        ranks = _run(folder, *settings, processes=processes)
+        assert [rank.reason for rank in ranks] == ["finished"] * processes
+        told.append([(line["lm_loss"], line["grad_norm"]) for line in metrics(folder / "run").values()])
+        peaks.append(ranks[0].step_peaks[-1])
+    # With shared experts a gradient of three parts is summed in another order.
+    shared = any("shared" in override for override in overrides)
+    assert told[0] == ([pytest.approx(line, rel=2e-3) for line in told[1]] if shared else told[1])
+    # More of two micro-batches is there at once: it was not left out.
+    assert peaks[1] > peaks[0]
+
+
+@pytest.mark.slow
 def test_the_live_switch_is_the_checkpoint_path(tmp_path: Path) -> None:
     losses = []
     for number, way in enumerate(([], ["upcycle.offload=true"], ["upcycle.path=checkpoint"])):

@@ -88,8 +88,8 @@ class Source:
             parallel=layout,
             # Nobody evaluates, and the corpora of the sets may be elsewhere.
             evaluation=replace(self.settings.evaluation, sets=[]),
-            # Nothing is trained for as long as graphs would take to pay.
-            performance=replace(self.settings.performance, cuda_graphs="none"),
+            # Nothing is trained for as long as graphs would take to pay, and it may be on CPU.
+            performance=replace(self.settings.performance, cuda_graphs="none", expert_parallel_overlap=False),
             upcycle=replace(self.settings.upcycle, stages=begun),
         )
 
