@@ -41,7 +41,7 @@ demo: setup corpus  ## train a real expert-parallel MoE on 2 CPU processes and g
 test: setup  ## the fast test suite (what CI runs)
 	$(BIN)/python -m pytest -m "not slow and not slurm" --durations=15
 
-test-slow: setup  ## long proofs: every layout
+test-slow: setup corpus  ## long proofs: every layout
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 test-slurm: setup  ## a real SLURM on this machine: requeues, preemption, a lost node (needs Debian's packages, or root to install them)
