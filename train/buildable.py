@@ -17,7 +17,7 @@ from train.acceleration import accelerated, routes_in_families
 from train.config import RunSettings
 
 # Fields for which mcore asks the version of Transformer Engine, beside those of 8-bit floats.
-_OF_ENGINE = ("symmetric_ar_type", "overlap_dispatch_backward_with_experts_wgrad")
+_OF_ENGINE = ("symmetric_ar_type",)
 
 
 def refuse_unbuildable(settings: RunSettings, world_size: int) -> None:

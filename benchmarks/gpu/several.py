@@ -58,7 +58,7 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
 
 
 def _choices(small: bool, processes: int, prefix: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """Step time with each dispatcher, and with overlap on and off."""
+    """Step time of four micro-batches with each dispatcher, and with overlap on and off."""
     network = _TINY if small else ["model=paper_7b", "model.layers=8", "data.sequence_length=4096"]
     machine = this_machine(device(), processes)
     flex = machine.has("deepep") or machine.has("hybridep")
@@ -69,6 +69,11 @@ def _choices(small: bool, processes: int, prefix: Path, folder: Path) -> Iterato
                               "optimizer.overlap_param_gather=true"],
         **({"flex": ["model.dispatcher=flex", "optimizer.overlap_grad_reduce=false",
                     "optimizer.overlap_param_gather=false"]} if flex else {}),
+        # On CPU there are no streams to put it on.
+        **({"alltoall, overlap also of experts": ["model.dispatcher=alltoall", "optimizer.overlap_grad_reduce=true",
+                                                  "optimizer.overlap_param_gather=true",
+                                                  "performance.expert_parallel_overlap=true"]}
+           if torch.cuda.is_available() else {}),
     }  # fmt: skip
     seconds: dict[str, float] = {}
     for number, (name, options) in enumerate(kinds.items()):
@@ -84,7 +89,7 @@ def _step_seconds(overrides: list[str], processes: int, prefix: Path, run_dir: P
     """Median of the slowest rank's steps, after two to warm up."""
     settings = load_settings([
         *overrides, f"data.corpus={prefix}", f"run.dir={run_dir}", f"parallel.expert={processes}", "run.steps=100000",
-        "data.micro_batch_size=1", f"data.global_batch_size={2 * processes}", "schedule.decay_steps=1",
+        "data.micro_batch_size=1", f"data.global_batch_size={4 * processes}", "schedule.decay_steps=1",
         "upcycle.stages=[]", "tracking=none", "evaluation.batches=1", "checkpoint=ends", "run.log_interval_steps=1000",
     ], processes)  # fmt: skip
     times = []

@@ -66,7 +66,7 @@ def test_every_model_preset_is_valid(name: str) -> None:
         (["run.precision=bf16", "model.expert_ffn_hidden_size=132"], 2,
          r"expert_ffn_hidden_size=132 is not a multiple of 8, which a grouped product in bf16 needs: use .*=136, or .*=sequential"),
         # A later stage gives every rank one of the experts.
-        (["run.precision=bf16", "model.num_experts=2", "model.top_k=1", "model.dispatcher=alltoall", "parallel.expert=1", "performance.expert_parallel_overlap=true",
+        (["run.precision=bf16", "model.num_experts=2", "model.top_k=1", "model.dispatcher=alltoall", "parallel.expert=1", "performance.expert_parallel_overlap=true", "data.global_batch_size=8",
           "upcycle.stages=[{at_step: 9, factor: 2, parallel: {expert: 4}}]"], 4, r"expert_parallel_overlap=true cannot be here: with 4 experts on .*=4 ranks each has one"),
         # A later stage splits experts further.
         (["run.precision=bf16", "model.expert_ffn_hidden_size=136", "parallel.expert=1", "upcycle.stages=[{at_step: 9, parallel: {expert_tensor: 2}}]"],
