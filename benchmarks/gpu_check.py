@@ -182,7 +182,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit that is measured; a copy without git's folder says so."""
+    """The commit that is measured; a copy without git's folder says so, unless it is told (`--commit`)."""
     told = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=_ROOT,
@@ -231,6 +231,7 @@ def _options() -> argparse.Namespace:
         help="of sections on several GPUs; by default all, or the next lower power of two",
     )
     parser.add_argument("--output", type=Path, default=_RESULT, metavar="FILE", help="where the result goes")
+    parser.add_argument("--commit", help="what is measured, where the code was copied without git's folder")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a result file as a table, and measure nothing")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -263,7 +264,7 @@ def main() -> int:
     sections: dict[str, Any] = {}
     result = {
         "card": _card() if cards else "none: CPU, tiny shapes", "cards": processes,
-        "versions": _versions(), "commit": _commit(), "date": time.strftime("%Y-%m-%d"),
+        "versions": _versions(), "commit": options.commit or _commit(), "date": time.strftime("%Y-%m-%d"),
         "command": "python " + " ".join(sys.argv), "small": options.small, "seconds": 0.0, "sections": sections,
     }  # fmt: skip
     began = time.monotonic()
@@ -294,6 +295,9 @@ def main() -> int:
             sections[name] = run_section(name, options.small, limit, processes, say)
         if "error" in sections[name]:
             print(f"  FAILED after {sections[name]['seconds']} s: {sections[name]['error']}", flush=True)
+            # The end of what it said; the file has more of it, if that can be had from the machine.
+            for line in sections[name].get("output", [])[-12:]:
+                print(f"    | {line}", flush=True)
         write()
     write()
     rows = [row for section in sections.values() for row in section["rows"]]

@@ -53,8 +53,9 @@ def test_the_quick_sections_run_and_are_written_down(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_sections_run(tmp_path: Path) -> None:
-    done, result = _check(tmp_path, "--small")
+    done, result = _check(tmp_path, "--small", "--commit", "abc123")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert result["commit"] == "abc123"
     rows = [row for section in result["sections"].values() for row in section["rows"]]
     assert len(rows) > 25 and all(row["met"] for row in rows if row["check"])
     assert set(SECTIONS) - set(result["sections"]) == {"several"}
