@@ -33,7 +33,7 @@ import psutil  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu import SECONDS, SECTIONS, WHOLE
+from benchmarks.gpu import DEADLINE, SECTIONS, WHOLE
 from launch.environment import DEFAULTS
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def run_section(
     with subprocess.Popen(
         command,
         cwd=_ROOT,
-        env={**DEFAULTS, **SECTIONS[name].variables, **os.environ, _MARK: mark, SECONDS: str(seconds)},
+        env={**DEFAULTS, **SECTIONS[name].variables, **os.environ, _MARK: mark, DEADLINE: str(began + seconds)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,8 +7,8 @@ from typing import Any
 
 # What the whole may take, in seconds.
 WHOLE = 470
-# Variable that tells a section after how many seconds it is stopped.
-SECONDS = "COPPICE_GPU_CHECK_SECONDS"
+# Variable that tells a section when it is stopped, on the clock that all processes of a machine share (`time.monotonic`).
+DEADLINE = "COPPICE_GPU_CHECK_DEADLINE"
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
-from benchmarks.gpu import SECONDS
+from benchmarks.gpu import DEADLINE
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -42,7 +41,7 @@ def print_row(found: dict[str, Any]) -> None:
 
 def seconds_left() -> float:
     """Until this section is stopped; without an end outside of `benchmarks/gpu_check.py`."""
-    return float(os.environ.get(SECONDS, "inf")) - (time.time() - psutil.Process().create_time())
+    return float(os.environ.get(DEADLINE, "inf")) - time.monotonic()
 
 
 def no_time_for(what: str) -> dict[str, Any]:
