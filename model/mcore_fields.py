@@ -110,6 +110,10 @@ REFUSED = {
     "experimental_attention_variant": "builds an attention that no checkpoint, switch or count here knows",
     "heterogeneous_block_specs": "reads a config of another class, which nothing here makes",
     "use_kitchen": "builds layers of NVIDIA's Kitchen, which nothing here knows",
+    "overlap_p2p_comm": "is switched on where parallel.virtual_pipeline has a use for it, and nowhere else",
+    "batch_p2p_comm": "is switched off where parallel.virtual_pipeline would mix up activations and gradients by it",
+    "use_ring_exchange_p2p": "needs a function that no published torch has",
+    "num_microbatches_with_partial_activation_checkpoints": "goes by micro-batches, which no loop here tells",
     "config_logger_dir": "has mcore write the weights, and the logits of every forward pass, to files outside of run.dir",
     "cache_mla_latents": "is of inference, and stops training",
 }

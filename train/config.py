@@ -32,6 +32,9 @@ from train.schema.tracking import TrackingConfig
 from upcycle.config import UpcycleConfig
 from upcycle.course import Course
 
+# Micro-batches that a chunk of an interleaved pipeline takes in a row.
+_GROUP = "microbatch_group_size_per_vp_stage"
+
 
 def _first_keys() -> dict[str, str]:
     """Where the sizes of the first stage's layout are set, by name."""
@@ -218,6 +221,15 @@ class RunSettings:
         )
         accumulation = data.global_batch_size // (data.micro_batch_size * data_ranks)
         if parallel.chunks() > 1:
+            group = model.mcore.get(_GROUP)
+            if group is not None and not (
+                parallel.pipeline <= group <= accumulation and (accumulation % group or group) >= parallel.pipeline
+            ):
+                raise ConfigError(
+                    f"model.mcore.{_GROUP}={group} must lie between {pipeline}={parallel.pipeline} and the {accumulation} "
+                    f"micro-batches of a step on each data-parallel rank, and leave none or {parallel.pipeline} over: leave "
+                    "it out"
+                )
             divides(
                 f"gradient accumulation (data.global_batch_size / data.micro_batch_size / {ranks})",
                 accumulation,

@@ -76,6 +76,8 @@ def test_what_mcore_refuses_is_told_with_the_settings(overrides: list[str], mess
         (["+model.mcore.moe_input_jitter_eps=0"], r"moe_input_jitter_eps=0 must be above zero and below 1$"),
         (["+model.mcore.moe_router_load_balancing_type=auxloss"], r"=auxloss is unknown: use one of aux_loss, seq_aux_loss"),
         (["+model.mcore.moe_router_load_balancing_type=sinkhorn", "model.aux_loss_coeff=0.1"], r"=sinkhorn goes without a loss: use model\.aux_loss_coeff=0, not 0\.1$"),
+        (["+model.mcore.microbatch_group_size_per_vp_stage=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4"],
+         r"vp_stage=1 must lie between parallel\.pipeline=2 and the 2 micro-batches of a step"),
         (["+model.mcore.moe_apply_probs_on_input=true"], r"moe_apply_probs_on_input=true needs model\.top_k=1, not 2: leave it out$"),
         (["+model.mcore.fused_single_qkv_rope=true"], r"^model\.mcore\.fused_single_qkv_rope=true needs layers of Transformer Engine"),
         (["+model.mcore.fp32_residual_connection=true", "run.precision=bf16"], r"fp32_residual_connection=true needs layers of Transformer Engine"),
