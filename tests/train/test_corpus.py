@@ -310,6 +310,7 @@ BAD = {
     "unknown spec": (lambda p: ["stdlib", "--tokenizer", "words"], 2, ["--tokenizer=words", "sentencepiece:PATH"]),
     "byte with size": (lambda p: ["stdlib", "--tokenizer", "byte:3"], 2, ["byte:3"]),
     "bpe too small": (lambda p: ["stdlib", "--tokenizer", "bpe:256"], 2, ["bpe:256", "257"]),
+    "bpe too large": (lambda p: ["stdlib", "--tokenizer", "bpe:1048577"], 2, ["bpe:1048577", "at most 1048576"]),
     "no such tokenizer": (lambda p: ["stdlib", "--tokenizer", f"huggingface:{p}/t"], 3, ["there is no file"]),
     "fraction": (lambda p: ["stdlib", "--validation-fraction", "1"], 2, ["--validation-fraction=1.0"]),
     "workers": (lambda p: ["stdlib", "--workers", "0"], 2, ["--workers=0"]),

@@ -41,6 +41,7 @@ KINDS = {
 }
 BPE_END_OF_DOCUMENT = "<|endoftext|>"
 BPE_MINIMUM_VOCABULARY = 257  # 256 byte symbols and the end-of-document token
+BPE_MAXIMUM_VOCABULARY = 1 << 20  # the trainer takes memory for all of them at once, and the process dies of too many
 # What a tokenizer.json calls its end-of-document token when no tokenizer_config.json beside it says so.
 USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 # A rank file holds no split pattern. This is the one of the GPT-4 vocabulary (cl100k_base), from tiktoken's own table.
@@ -231,10 +232,12 @@ def parse_spec(spec: str) -> tuple[str, str]:
         raise ConfigError(f"--tokenizer={spec}: unknown kind {kind!r}: use {', '.join(KINDS.values())}")
     if (kind == "byte") != (argument == ""):
         raise ConfigError(f"--tokenizer={spec}: write it as {KINDS[kind]}")
-    if kind == "bpe" and (not argument.isdecimal() or int(argument) < BPE_MINIMUM_VOCABULARY):
+    # A number of more digits is one that Python may refuse to read.
+    size = int(argument) if argument.isdecimal() and len(argument) < 10 else None
+    if kind == "bpe" and (size is None or not BPE_MINIMUM_VOCABULARY <= size <= BPE_MAXIMUM_VOCABULARY):
         raise ConfigError(
             f"--tokenizer={spec}: VOCAB_SIZE must be a number of at least {BPE_MINIMUM_VOCABULARY} "
-            "(256 bytes and the end-of-document token)"
+            f"(256 bytes and the end-of-document token) and at most {BPE_MAXIMUM_VOCABULARY}"
         )
     return kind, argument
 
@@ -358,5 +361,7 @@ def _read_mcore_vocabulary(file: Path, content: bytes, spec: str) -> tuple[Any, 
         size = len(json.loads(content)) + 1000  # mcore puts 1,000 special tokens first
         library = TikTokenTokenizer(str(file), vocab_size=min(size, DEFAULT_TIKTOKEN_MAX_VOCAB))
     except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
-        raise DataError(f"--tokenizer={spec}: {file} is not an mcore tiktoken vocabulary ({error})") from error
+        raise DataError(
+            f"--tokenizer={spec}: {file} is not an mcore tiktoken vocabulary ({type(error).__name__} {error})"
+        ) from error
     return library.tokenizer, int(library.eos_id)
