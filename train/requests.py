@@ -66,7 +66,7 @@ class RequestFolder:
         body = {
             "format": FORMAT,
             "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "by": f"{getpass.getuser()}@{socket.gethostname()}",
+            "by": f"{_user()}@{socket.gethostname()}",
             "rules": dict(rules),
         }
         make_directory(self.root)
@@ -122,6 +122,14 @@ class RequestFolder:
                 raise DataError(f"{path} does not say when it was taken: restore it, or remove it to leave it out")
             found.append((path, body["step"], body["rules"]))
         return found
+
+
+def _user() -> str:
+    """Who asks: a name, or the number of a user that the system has no name for, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def leave_request(run_dir: Path, rules: Mapping[str, Any]) -> tuple[RequestFolder, Path]:

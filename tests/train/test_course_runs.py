@@ -1,5 +1,7 @@
 """Whole runs that leave the configured path: triggers by tokens, requests, the guard, growing on load; on two processes."""
 
+import getpass
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,15 @@ def test_a_request_that_cannot_be_is_refused_and_training_goes_on(corpus: Path, 
     assert mark == "refused" and body["reason"] == "the run has finished at step 3"
     with pytest.raises(ExpansionError, match="has finished at step 3: nothing will take a request"):
         leave_request(run_dir, {"factor": 2})
+
+
+def test_a_user_without_a_name_may_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    folder = RequestFolder(tmp_path)
+    assert folder.read(folder.write({"factor": 2}))["by"].startswith(f"{os.getuid()}@")
 
 
 _WATCH = ["run.steps=7", "evaluation.interval_steps=1", "upcycle.guard.evaluations=2", "upcycle.guard.max_increase=0.1"]
