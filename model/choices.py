@@ -233,7 +233,10 @@ def _engine(at: Situation, why: str) -> _Verdict:
 def _permute(at: Situation) -> _Verdict:
     if not at.num_experts:
         return "the model is dense", False, ""
-    return _engine(at, "one kernel of Transformer Engine instead of several of torch")
+    obstacle, worth, why = _engine(at, "one kernel of Transformer Engine instead of several of torch")
+    if obstacle is None and at.machine.compile_obstacle:
+        obstacle = f"Transformer Engine compiles it with Triton, which cannot here: {at.machine.compile_obstacle}"
+    return obstacle, worth, why
 
 
 def _router(at: Situation) -> _Verdict:

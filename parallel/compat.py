@@ -14,17 +14,15 @@ import dataclasses
 import functools
 import importlib.util
 import logging
-import os
 import shutil
-import sysconfig
 import warnings
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint
 
+from parallel.compiler import compile_obstacle
 from parallel.cpu_runtime import disable_compile, install_cpu_runtime
 from parallel.errors import ConfigError
 from parallel.installed import installed
@@ -81,20 +79,6 @@ def can_discard_outputs() -> bool:
     if not hasattr(random, "_get_share_storage"):
         return True
     return is_ninja_available() and shutil.which(get_cxx_compiler()) is not None
-
-
-def compile_obstacle() -> str | None:
-    """What keeps torch from compiling mcore's small functions for a GPU of this machine; None if nothing does.
-
-    Triton builds a part of itself with a C compiler and Python's headers when it compiles its first kernel. Where it cannot,
-    torch raises in the middle of the first step.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
-        return "there is no C compiler (gcc, clang, or the one that CC names)"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return None if header.is_file() else f"Python's headers are not installed ({header})"
 
 
 def before_megatron() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parallel.compiler import compile_obstacle
 from parallel.errors import ConfigError
 from parallel.transformer_engine import have_transformer_engine
 
@@ -41,12 +42,14 @@ class Machine:
         capability: their compute capability.
         libraries: those of `LIBRARIES` that are there and usable.
         ranks_per_node: processes on each machine.
+        compile_obstacle: what keeps Triton from compiling kernels there; None if nothing does.
     """
 
     gpu: str | None
     capability: tuple[int, int]
     libraries: frozenset[str]
     ranks_per_node: int
+    compile_obstacle: str | None = None
 
     def has(self, library: str) -> bool:
         """Whether a library is there, and a GPU for it."""
@@ -64,8 +67,8 @@ def machines_to_be(ranks_per_node: int) -> tuple["Machine", ...]:
 
     if not torch.cuda.is_available():
         return (Machine(None, (0, 0), frozenset(), ranks_per_node),)
-    found = frozenset(_found())
-    return tuple(Machine("GPU", able, found, ranks_per_node) for able in (_OLDEST, _NEWEST))
+    found, obstacle = frozenset(_found()), compile_obstacle()
+    return tuple(Machine("GPU", able, found, ranks_per_node, obstacle) for able in (_OLDEST, _NEWEST))
 
 
 def this_machine(device: "torch.device", ranks_per_node: int) -> Machine:
@@ -85,6 +88,7 @@ def this_machine(device: "torch.device", ranks_per_node: int) -> Machine:
         capability=torch.cuda.get_device_capability(device),
         libraries=frozenset(_found()),
         ranks_per_node=ranks_per_node,
+        compile_obstacle=compile_obstacle(),
     )
 
 

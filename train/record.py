@@ -9,7 +9,8 @@ import torch
 
 from model.build import count_parameters, experts_kind
 from model.load import load_figures
-from parallel.compat import compile_obstacle, versions
+from parallel.compat import versions
+from parallel.compiler import compile_obstacle
 from parallel.optimizer_state import adam_name
 from train.acceleration import choice_lines
 from train.checkpoint.folder import Manifest, folder_bytes

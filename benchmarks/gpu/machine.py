@@ -11,7 +11,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from benchmarks.gpu.rows import device, matmul_ceiling, row, seconds_of, synchronize
-from parallel.compat import compile_obstacle, prepare_megatron, versions
+from parallel.compat import prepare_megatron, versions
+from parallel.compiler import compile_obstacle
 from parallel.devices import peak_tflops
 
 

@@ -1,5 +1,6 @@
 """What `auto` becomes on machines that are not here, and what is refused on them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,8 @@ def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any]
     [
         (_CPU, {"performance": PerformanceConfig(permute_fusion=True)},
          r"performance\.permute_fusion=true cannot be here: it needs Transformer Engine and a GPU: use .*=auto or false"),
+        (replace(_h100(), compile_obstacle="there is no C compiler"), {"performance": PerformanceConfig(permute_fusion=True)},
+         r"permute_fusion=true cannot be here: .*with Triton, which cannot here: there is no C compiler: use .*=auto or false"),
         (_h100(""), {"performance": PerformanceConfig(router_fusion=True)}, r"router_fusion=true .*Transformer Engine"),
         (_h100(), {"performance": PerformanceConfig(router_fusion=True), "families": True}, "exact mode"),
         (_h100(), {"performance": PerformanceConfig(gradient_accumulation_fusion=True)}, "NVIDIA Apex"),
@@ -173,6 +176,15 @@ def test_micro_batches_are_woven_where_tokens_travel(changes: dict[str, Any], va
 def test_micro_batches_that_cannot_be_woven(machine: Machine, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(_at(machine, **({"performance": _WOVEN} | changes)))
+
+
+def test_without_a_compiler_tokens_are_permuted_by_torch() -> None:
+    at = _at(replace(_h100(), compile_obstacle="Triton is not installed"))
+    off = {choice.key: choice.why for choice in choose(at) if choice.value is False}
+    assert "Triton is not installed" in off["performance.permute_fusion"]
+    assert off.keys() == {choice.key for choice in choose(_at(_h100())) if choice.value is False} | {
+        "performance.permute_fusion"
+    }
 
 
 def test_sizes_of_newer_deepep_are_left_to_who_asks_for_them() -> None:

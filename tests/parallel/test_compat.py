@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from parallel import compat
 from parallel.compat import (
     OPTIMIZER_METADATA,
     forget_models,
@@ -264,20 +263,3 @@ def test_versions_name_the_stack() -> None:
     assert found["torch"] == torch.__version__
     assert {"python", "megatron-core", "numpy"} <= found.keys()
     assert ("transformer-engine" in found) == have_transformer_engine()
-
-
-def test_what_keeps_triton_from_compiling_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    there = {"triton": True, "gcc": True}
-    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: object() if there["triton"] else None)
-    monkeypatch.setattr(compat.shutil, "which", lambda name: name if there["gcc"] and name == "gcc" else None)
-    monkeypatch.setattr(compat.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.delenv("CC", raising=False)
-    assert f"Python's headers are not installed ({tmp_path / 'Python.h'})" == compat.compile_obstacle()
-    (tmp_path / "Python.h").touch()
-    assert compat.compile_obstacle() is None
-    there["gcc"] = False
-    assert "no C compiler" in (compat.compile_obstacle() or "")
-    monkeypatch.setenv("CC", "icc")
-    assert compat.compile_obstacle() is None
-    there["triton"] = False
-    assert compat.compile_obstacle() == "Triton is not installed"
