@@ -154,7 +154,7 @@ def refuse_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name in KEYS:
             raise ConfigError(f"model.mcore.{name}={shown(value)} has a key of its own: use {KEYS[name]}")
-        if value and name in REFUSED:
+        if name in REFUSED and not (value is None or value is False or value == ""):
             raise ConfigError(f"model.mcore.{name}={shown(value)} {REFUSED[name]}; leave it out")
 
 

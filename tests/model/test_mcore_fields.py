@@ -47,6 +47,8 @@ def test_parameters_of_unknown_form_are_refused_with_the_settings(name: str) -> 
     with pytest.raises(ConfigError, match=rf"^model\.mcore\.{name}=\d* .*; leave it out$"):
         load_settings(["model=tiny", "data.corpus=x", f"+model.mcore.{name}=8"], 2)
     refuse_fields({name: None})
+    with pytest.raises(ConfigError):
+        refuse_fields({name: 0})
 
 
 def test_every_field_that_a_key_sets_is_listed() -> None:
