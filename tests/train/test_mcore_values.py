@@ -1,5 +1,6 @@
 """What is wrong with `model.mcore` is told before any process group: a field, a value, a combination that mcore refuses."""
 
+import dataclasses
 import importlib
 import logging
 import random
@@ -16,7 +17,7 @@ from parallel.compat import quiet_megatron
 from parallel.errors import ConfigError
 from parallel.layout import dist
 from train.buildable import refuse_anywhere, refuse_unbuildable
-from train.settings import load_settings, refuse_passed_on, settings_from_dict, settings_to_dict
+from train.settings import _check_passed_on, load_settings, refuse_passed_on, settings_from_dict, settings_to_dict
 
 _PLAIN = ["model=tiny", "data.corpus=x"]
 _GROWS = "upcycle.stages=[{at_step: 9, factor: 2}, {at_step: 12, parallel: {pipeline: 2}}]"
@@ -228,7 +229,7 @@ def _likely(draw: random.Random, kind: Any) -> Any:
     return draw.choice(values.get(origin, [None]))
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(4000, marks=pytest.mark.slow)])
 def test_no_value_of_any_field_gives_anything_but_an_error_of_the_user(count: int) -> None:
     from model.mcore_config import declared_fields
 
@@ -255,10 +256,12 @@ def test_no_value_of_any_field_gives_anything_but_an_error_of_the_user(count: in
             kinds = declared_fields(base.model)
             chosen = draw.sample(list(kinds), draw.choice([1, 1, 2, 3]))
             passed = {name: draw.choice(_ODD) if draw.random() < 0.4 else _likely(draw, kinds[name]) for name in chosen}
-            values = settings_to_dict(base)
-            values["model"]["mcore"] = passed
             try:
-                settings = settings_from_dict(values)
+                # OmegaConf takes ten times as long as all the rest: a few go by way of it.
+                settings = dataclasses.replace(base, model=dataclasses.replace(base.model, mcore=passed))
+                if number % 20 == 0:
+                    settings = settings_from_dict(settings_to_dict(settings))
+                _check_passed_on(settings.model)
                 settings.check(2)
                 refuse_anywhere(settings)
                 refuse_unbuildable(settings, 2)
