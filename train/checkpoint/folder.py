@@ -209,7 +209,12 @@ def need_space(folder: Path, needed_bytes: int, what: str, *, output: Path | Non
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        where, remedy = f"run.dir={folder}", "free space, lower checkpoint.keep_last, or choose another run.dir"
+        # A lower keep_last alone frees nothing before the next save is there.
+        where = f"run.dir={folder}"
+        remedy = (
+            "free space (folders of older checkpoints may be removed), or choose another run.dir; with a lower "
+            "checkpoint.keep_last less is kept from the next save on"
+        )
         if output is not None:
             where, remedy = f"--output {output}", "free space, or choose another folder"
         raise CheckpointError(
