@@ -19,6 +19,7 @@ from launch.footprint import checkpoint_bytes
 from launch.plan_inputs import vocabulary
 from launch.plan_tables import size
 from model.network import count, network_chunks
+from parallel.compiler import compile_obstacle
 from parallel.errors import CoppiceError, DataError
 from parallel.transformer_engine import version_problem
 from train.config import RunSettings
@@ -81,6 +82,10 @@ def check_versions(found: Mapping[str, str], has_gpu: bool) -> list[Check]:
     else:
         text = "absent: attention keeps its scores, no context parallelism, no FP8 (docs/gpu.md)"
         checks.append(Check("transformer engine", "warning" if has_gpu else "ok", text if has_gpu else "absent"))
+    obstacle = compile_obstacle() if has_gpu else None
+    if obstacle:
+        text = f"kernels cannot be compiled, so some run in more passes over memory: {obstacle} (docs/gpu.md)"
+        checks.append(Check("triton", "warning", text))
     checks.append(_apex())
     deep_ep = importlib.util.find_spec("deep_ep") is not None
     checks.append(Check("deepep", "ok", "present" if deep_ep else "absent: only model.dispatcher=flex needs it"))

@@ -88,6 +88,10 @@ def test_gpus_and_packages_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert any(
         c.state == "warning" for c in checks.check_versions({"torch": "2", "megatron-core": "0", "python": "3"}, True)
     )
+    monkeypatch.setattr(checks, "compile_obstacle", lambda: "there is no C compiler")
+    (triton,) = [c for c in checks.check_versions({"torch": "2"}, True) if c.name == "triton"]
+    assert triton.state == "warning" and "there is no C compiler" in triton.text
+    assert not any(c.name == "triton" for c in checks.check_versions({"torch": "2"}, False))
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
