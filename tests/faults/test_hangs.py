@@ -195,6 +195,8 @@ def _stopped(rank: int, corpus: Path, folder: Path) -> None:
     _assert_told(ended, run_dir, "step 2 has not got on", f"rank {rank} .*{told}")
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_a_process_that_is_stopped_is_named(corpus: Path, tmp_path: Path) -> None:
     _stopped(1, corpus, tmp_path)
 

@@ -19,7 +19,8 @@ from tests.train.trainer import SMALL, events, metrics, rewrite_manifest, small_
 from train.checkpoint.files import MARKER, digests, file_names, written_by
 from train.checkpoint.folder import DamagedCheckpoint, list_checkpoints, read_manifest
 
-_CASES = 144
+# Every kind of corruption three times; the whole campaign is one of the long ones.
+_CASES = (36, pytest.param(144, marks=(pytest.mark.slow, pytest.mark.faults)))
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +62,15 @@ def _starts(overrides: list[str], cases: list[str]) -> list[tuple[str | None, li
     return found
 
 
+@pytest.mark.parametrize("cases", _CASES)
 def test_every_corruption_is_named_and_passed_over(
-    runs: tuple[Path, Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cases: int, runs: tuple[Path, Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also of several checkpoints at once; what is left behind by a kill is no checkpoint at all."""
     run, other = runs
     rng = random.Random(5)
-    cases, expected = [], []
-    for number in range(_CASES):
+    folders, expected = [], []
+    for number in range(cases):
         corrupt = corruptions.ALL[number % len(corruptions.ALL)]
         folder = tmp_path / str(number) / "checkpoints"
         folder.mkdir(parents=True)
@@ -80,9 +82,9 @@ def test_every_corruption_is_named_and_passed_over(
             problems.append(corrupt(folder / name, other / "checkpoints" / name, rng))
         # Another job died while it saved the next step.
         corruptions.copy_checkpoint(run / "checkpoints" / "step-00000004", folder / "step-00000005.partial")
-        cases.append(str(folder.parent))
+        folders.append(str(folder.parent))
         expected.append((corrupt.__name__, bad, problems))
-    results = run_distributed(_starts, 2, _run(corpus, tmp_path / "unused"), cases, timeout=400)
+    results = run_distributed(_starts, 2, _run(corpus, tmp_path / "unused"), folders, timeout=400)
     assert results[0] == results[1]
     counts: dict[str, int] = {}
     for (start, skipped), (name, bad, problems) in zip(results[0], expected, strict=True):
@@ -93,7 +95,8 @@ def test_every_corruption_is_named_and_passed_over(
         for entry, problem in zip(skipped, problems, strict=True):
             assert re.search(problem, entry["problem"]), (name, entry)
         counts[name] = counts.get(name, 0) + bad
-    assert sum(counts.values()) >= 150 and set(counts) == {c.__name__ for c in corruptions.ALL}
+    # One case in five has two of them.
+    assert sum(counts.values()) >= 1.05 * cases and set(counts) == {c.__name__ for c in corruptions.ALL}
     with capsys.disabled():
         print(f"\n{sum(counts.values())} corruptions refused by name: {counts}")
 

@@ -203,6 +203,7 @@ def test_another_data_parallel_size_reads_every_sample_once(random_words: Path, 
     assert change["step"] == 2
 
 
+@pytest.mark.slow
 def test_checkpoints_around_a_change_are_kept(corpus: Path, tmp_path: Path) -> None:
     """Of a layout change as of an expansion; ordinary ones go. Without save_after there is none of the new stage."""
     base = [*SMALL, "run.steps=6", "parallel.expert=2", f"data.corpus={corpus}", "checkpoint.interval_steps=1",
