@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from model.config import ModelConfig, padded_vocab_size
+from model.expert_overlap import nothing_to_hide
 from model.graphs import input_bytes
 from model.network import Chunk, gated, head_widths, network_chunks
 from model.recompute import modules_of
@@ -260,9 +261,8 @@ def activation_bytes(
             kept = sum(whole) - sum(dropped)
             again = max([again, *dropped])
         kept_by_chunk.append(kept)
-    woven = (
-        settings.performance.expert_parallel_overlap and num_experts > 0 and parallel.expert > 1 and accumulation > 1
-    )
+    apart = nothing_to_hide(num_experts, parallel) is not None or accumulation == 1
+    woven = settings.performance.expert_parallel_overlap and not apart
     if number == 1:
         in_flight = [min(pipeline - stage, accumulation)]
     else:

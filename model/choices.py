@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from model import expert_overlap
 from model.config import ModelConfig
+from model.expert_overlap import KEY as OVERLAP
 from model.expert_overlap import nothing_to_hide, refuse_overlap
 from model.graphs import KEY, WARMUP_STEPS, refuse_graphs
 from model.performance import PerformanceConfig
@@ -285,7 +285,7 @@ def _shared_experts(at: Situation, dispatcher: Choice, woven: bool) -> _Verdict:
     if not at.num_experts or at.model.shared_expert_ffn_hidden_size is None:
         return "the model has no shared experts", False, ""
     if woven:
-        return f"tokens travel under another micro-batch ({expert_overlap.KEY})", False, ""
+        return f"tokens travel under another micro-batch ({OVERLAP})", False, ""
     if dispatcher.value != "alltoall":
         return f"it needs model.dispatcher=alltoall, not {dispatcher.value}", False, ""
     if at.model.recompute == "selective" and "shared_experts" in at.model.recompute_modules:
@@ -306,8 +306,8 @@ def _expert_parallel(at: Situation, dispatcher: Choice) -> list[Choice]:
     refuse_overlap(model, at.performance, at.num_experts, at.parallel, bf16=at.bf16, gpu=gpu)
     why = nothing_to_hide(at.num_experts, at.parallel)
     if why:
-        return [Choice(expert_overlap.KEY, False, f"nothing to hide: {why}", automatic=False)]
-    return [Choice(expert_overlap.KEY, True, "as set; not run on a GPU yet", automatic=False)]
+        return [Choice(OVERLAP, False, f"nothing to hide: {why}", automatic=False)]
+    return [Choice(OVERLAP, True, "as set; not run on a GPU yet", automatic=False)]
 
 
 def _grad_reduce(at: Situation) -> _Verdict:
