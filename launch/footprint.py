@@ -157,7 +157,7 @@ def footprint(
         only: ranks to look at; all by default.
     """
     parallel = settings.parallel_of(stage)
-    experts = settings.upcycle.expert_counts(settings.model.num_experts)[stage]
+    experts = settings.experts_of(stage)
     bf16 = settings.run.precision == "bf16"
     weight = 2 if bf16 else 4
     chunks = network_chunks(settings.model, experts, parallel, vocab_size, weight)

@@ -100,7 +100,7 @@ def guessed_parents(settings: RunSettings, number: int, world_size: int) -> tupl
     """
     rules = settings.upcycle.stages[number - 1]
     notes: list[str] = []
-    experts = settings.upcycle.expert_counts(settings.model.num_experts)[number - 1]
+    experts = settings.experts_of(number - 1)
     if not rules.grows():
         return tuple(range(experts)), notes
     if rules.selection != "uniform":

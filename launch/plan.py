@@ -167,7 +167,7 @@ def _decided(
     if machine is None:
         return settings, ()
     families = routes_in_families(settings, number)
-    experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
+    experts = settings.experts_of(number)
     return accelerated(settings, experts, settings.parallel_of(number), machine, processes, families=families)
 
 

@@ -70,7 +70,7 @@ def _obstacle(
         return (
             "model.recompute=full computes whole layers again, and it takes them apart: use model.recompute=selective"
         )
-    if model.recompute == "selective" and "moe" in modules_of(model):
+    if "moe" in modules_of(model):
         return "model.recompute_modules has moe, which it takes apart"
     if performance.shared_expert_overlap is True:
         return "performance.shared_expert_overlap=true hides the same exchange under something else"

@@ -56,11 +56,12 @@ def refuse_anywhere(settings: RunSettings) -> None:
     if not have_transformer_engine() and (model.fp8 != "none" or any(map(model.mcore.get, _OF_ENGINE))):
         # mcore would judge them by what is missing here.
         return
-    counts = settings.upcycle.expert_counts(model.num_experts)
     kind = "te" if model.experts == "auto" else model.experts
     for number, key in _stages(settings):
         try:
-            config_anywhere(model, counts[number], settings.parallel_of(number), settings.run.precision, kind)
+            config_anywhere(
+                model, settings.experts_of(number), settings.parallel_of(number), settings.run.precision, kind
+            )
         except ConfigError as e:
             raise _named(key, e) from None
 
@@ -82,7 +83,7 @@ def check_stage(
     """
     parallel = settings.parallel_of(number)
     families = routes_in_families(settings, number)
-    experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
+    experts = settings.experts_of(number)
     concrete, _ = accelerated(settings, experts, parallel, machine, world_size, families=families)
     transformer_config(
         concrete.model, experts, parallel, settings.run.precision, device=device, performance=concrete.performance

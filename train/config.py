@@ -163,6 +163,10 @@ class RunSettings:
         """The parallel layout of a stage, the first being 0."""
         return self.upcycle.layouts(self.parallel)[stage]
 
+    def experts_of(self, stage: int) -> int:
+        """Experts per MoE layer in a stage, the first being 0; 0 for a dense model."""
+        return self.upcycle.expert_counts(self.model.num_experts)[stage]
+
     def _later_layouts(
         self, begun: int, names: Sequence[str] | None
     ) -> Iterator[tuple[ParallelConfig, dict[str, str]]]:

@@ -180,7 +180,7 @@ def decide(
         ExpansionError: if a rule cannot reach the target.
     """
     before, after = settings.parallel_of(number - 1), settings.parallel_of(number)
-    experts = settings.upcycle.expert_counts(settings.model.num_experts)[number - 1]
+    experts = settings.experts_of(number - 1)
     return plan_expansion(
         settings.upcycle.stages[number - 1],
         settings.model,

@@ -140,7 +140,7 @@ def build_stage(
     Raises:
         ConfigError: if mcore refuses the combination.
     """
-    num_experts = settings.upcycle.expert_counts(settings.model.num_experts)[number]
+    num_experts = settings.experts_of(number)
     settings, choices = _on_this_machine(settings, num_experts, layout, plans)
     chunks = _build_chunks(settings, num_experts, layout, vocab_size, plans, initialise=not blank)
     if blank and settings.optimizer.distributed:

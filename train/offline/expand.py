@@ -208,7 +208,7 @@ def plan_of_settings(settings: RunSettings, scores: Amounts | None) -> list[Expa
 
 
 def _check_scores(scores: Amounts | None, settings: RunSettings, number: int) -> None:
-    experts = settings.upcycle.expert_counts(settings.model.num_experts)[number - 1]
+    experts = settings.experts_of(number - 1)
     layers = settings.model.moe_layer_numbers()
     for layer in layers if scores is not None else ():
         given = len((scores or {}).get(layer, ()))
