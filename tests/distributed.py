@@ -42,7 +42,9 @@ _EXIT_SECONDS = 20.0  # after its report, or the end of its pipe, for a process 
 _TAIL_CHARACTERS = 6000
 _SERVER_MARK = "COPPICE_TEST_FORK_SERVER"
 
-_context = multiprocessing.get_context("forkserver")
+# CUDA does not outlive a fork, and Transformer Engine starts it when it is imported: where there is a GPU, ranks begin anew.
+_forks = not Path("/dev/nvidia0").exists()
+_context = multiprocessing.get_context("forkserver" if _forks else "spawn")
 _context.set_forkserver_preload(["tests.preload"])
 
 
@@ -168,6 +170,8 @@ def start_server() -> None:
     """Starts the fork server, which imports in the background; `run_distributed` waits for it."""
     from multiprocessing import forkserver
 
+    if not _forks:
+        return
     # The server does not get our sys.path, and it must not start a server when it imports this module.
     search = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     with _environment(PYTHONPATH=os.pathsep.join(search), **{_SERVER_MARK: "1"}), _plain_main():
