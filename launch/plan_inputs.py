@@ -78,4 +78,5 @@ def data_table(settings: RunSettings, needed: bool) -> list[dict[str, Any]] | No
 
 def attention_is_flash(settings: RunSettings, on_gpu: bool) -> bool:
     """Whether attention keeps no scores: Transformer Engine's, which `auto` takes on GPUs that have it."""
-    return settings.model.experts == "te" or (settings.model.experts == "auto" and on_gpu)
+    wish = settings.model.transformer_impl
+    return wish == "transformer_engine" or (wish == "auto" and on_gpu)

@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
 )
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -56,20 +57,34 @@ _LATENT_NORM_KEYS = {
 }
 
 
+def uses_engine(model: ModelConfig) -> bool:
+    """Whether layers, norms and attention are Transformer Engine's here; a run has decided it (`model/choices.py`).
+
+    Raises:
+        ConfigError: if it is asked for and not usable.
+    """
+    there = have_transformer_engine() and torch.cuda.is_available()
+    for key, value, its in (
+        ("transformer_impl", model.transformer_impl, "transformer_engine"),
+        ("experts", model.experts, "te"),
+    ):
+        if value == its and not there:
+            raise ConfigError(
+                f"model.{key}={value} needs Transformer Engine and a CUDA device: install both (docs/gpu.md) or use "
+                f"model.{key}=auto"
+            )
+    return there and model.transformer_impl != "local"
+
+
 def experts_kind(model: ModelConfig) -> str:
-    """The expert module that `model.experts` stands for on this machine: te, grouped or sequential.
+    """The expert module here: te, grouped or sequential; a run has decided it (`model/choices.py`).
 
     Raises:
         ConfigError: if Transformer Engine is asked for and not usable.
     """
-    te = have_transformer_engine() and torch.cuda.is_available()
-    if model.experts == "te" and not te:
-        raise ConfigError(
-            "model.experts=te needs Transformer Engine and a CUDA device: install both (docs/gpu.md) or use "
-            "model.experts=auto"
-        )
+    engine = uses_engine(model)
     if model.experts == "auto":
-        return "te" if te else "grouped"
+        return "te" if engine else "grouped"
     return model.experts
 
 
@@ -98,7 +113,7 @@ def transformer_config(
         ConfigError: if this machine or mcore cannot do what is asked for, there in mcore's words.
     """
     kind = experts_kind(model)
-    _refuse_here(model, parallel, kind, precision)
+    _refuse_here(model, parallel, kind, precision, engine=uses_engine(model))
     if model.fp8 != "none" and device is not None:
         fp8.check_device(
             model.fp8, model.fp8_recipe, torch.cuda.get_device_capability(device), torch.cuda.get_device_name()
@@ -149,7 +164,7 @@ def config_anywhere(
     return config
 
 
-def _refuse_here(model: ModelConfig, parallel: ParallelConfig, kind: str, precision: str) -> None:
+def _refuse_here(model: ModelConfig, parallel: ParallelConfig, kind: str, precision: str, *, engine: bool) -> None:
     """Refuse what the libraries of this machine cannot do.
 
     Args:
@@ -157,11 +172,12 @@ def _refuse_here(model: ModelConfig, parallel: ParallelConfig, kind: str, precis
         parallel: sizes.
         kind: the expert module in use.
         precision: of the run.
+        engine: whether layers are Transformer Engine's.
 
     Raises:
         ConfigError: naming the key, the value and the remedy.
     """
-    if parallel.context > 1 and kind != "te":
+    if parallel.context > 1 and not engine:
         raise ConfigError(
             f"parallel.context={parallel.context} needs the attention of Transformer Engine on a GPU: install it "
             "(docs/gpu.md) or use parallel.context=1"
@@ -181,17 +197,19 @@ def _refuse_here(model: ModelConfig, parallel: ParallelConfig, kind: str, precis
             f"model.fp8={model.fp8} needs Transformer Engine and a CUDA device: install both (docs/gpu.md), and use "
             "model.experts=auto, or use model.fp8=none"
         )
-    if kind != "te":
+    if not engine:
         refuse_without_engine(model, precision == "bf16")
     recompute.check_modules(model, kind, can_discard_outputs())
 
 
 def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
-    """Layer specs of this rank's chunk, with our expert module and norms where Transformer Engine is not in use."""
+    """Layer specs of this rank's chunk: Transformer Engine's, or mcore's of torch with our norms; and the experts."""
     kind = experts_kind(model)
-    if kind == "te":
+    if uses_engine(model):
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        for layer in block.layer_specs:
+        for layer in {id(spec): spec for spec in block.layer_specs}.values():
+            if kind != "te" and is_moe_layer(layer):
+                use_experts(layer, GroupedExperts if kind == "grouped" else _one_by_one())
             if model.qk_norm_all_heads:
                 _normalise_all_heads(layer)
             if model.attention == "mla":
@@ -224,6 +242,11 @@ def _block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | N
             use_experts(layer, GroupedExperts)
     block.layer_norm = CoppiceNorm
     return block
+
+
+def _one_by_one() -> Any:
+    """mcore's experts of its torch layers, which Transformer Engine's specs have with its linear layers."""
+    return layer_submodules(get_moe_module_spec(use_te=False, num_experts=1)).experts
 
 
 def _normalise_all_heads(layer: Any) -> None:

@@ -25,6 +25,8 @@ _DEEPEP_ACROSS_NODES = (16, 24, 32, 64, 128, 144, 160)
 _DEEPEP_IN_NODE = (2, 4, 8)
 _DEEPEP_NEWER = (48, 96)
 _BLACKWELL, _HOPPER = (10, 0), (9, 0)
+# Major compute capabilities for which torch has one kernel for a grouped product (aten's `_grouped_mm_cuda`).
+_GROUPED_KERNELS = (9, 10)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ _TOGGLES = {
 }
 _DISPATCHER, _BACKEND = "moe_token_dispatcher_type", "moe_flex_dispatcher_backend"
 
+_IMPLEMENTATION, _EXPERTS = "model.transformer_impl", "model.experts"
+
 # What stands in the way (None: nothing), whether it is worth it, and why.
 _Verdict = tuple[str | None, bool, str]
 
@@ -118,8 +122,10 @@ def choose(at: Situation) -> tuple[Choice, ...]:
     Raises:
         ConfigError: naming a key that was set to what cannot be, what stands in the way, and the remedy.
     """
+    choices = _modules(at)
+    at = replace(at, model=_with_modules(at.model, choices))
     dispatcher = _dispatcher(at)
-    choices = [dispatcher]
+    choices.append(dispatcher)
     if dispatcher.value == "flex":
         choices.append(_backend(at))
     elif at.performance.flex_backend != "auto":
@@ -151,6 +157,68 @@ def _decided(key: str, wish: bool | str, verdict: _Verdict) -> Choice:
             raise ConfigError(f"{key}=true cannot be here: {obstacle}: use {key}=auto or false")
         return Choice(key, wish, "as set", automatic=False)
     return Choice(key, worth and not obstacle, obstacle or why, automatic=True)
+
+
+# ---- whose modules ---------------------------------------------------------------------------------------------------
+
+
+def _modules(at: Situation) -> list[Choice]:
+    """Whose layers, and whose experts where there are any."""
+    layers = _layers(at)
+    return [layers, _experts(at, layers.value == "transformer_engine")] if at.num_experts else [layers]
+
+
+def _with_modules(model: ModelConfig, choices: list[Choice]) -> ModelConfig:
+    decided = {c.key.split(".")[1]: str(c.value) for c in choices if c.key in (_IMPLEMENTATION, _EXPERTS)}
+    return replace(model, **decided)  # type: ignore[arg-type]
+
+
+def _layers(at: Situation) -> Choice:
+    key, wish, there = _IMPLEMENTATION, at.model.transformer_impl, at.machine.has("transformer-engine")
+    if wish == "transformer_engine" and not there:
+        raise ConfigError(
+            f"{key}={wish} needs Transformer Engine and a CUDA device: install both (docs/gpu.md) or use {key}=auto"
+        )
+    if wish != "auto":
+        return Choice(key, wish, "as set", automatic=False)
+    if there:
+        return Choice(key, "transformer_engine", "installed: attention that keeps no scores", automatic=True)
+    return Choice(key, "local", "Transformer Engine is not installed" if at.machine.gpu else "on CPU", automatic=True)
+
+
+def _experts(at: Situation, engine: bool) -> Choice:
+    key, wish, needs = _EXPERTS, at.model.experts, _needs_its_experts(at.model)
+    if wish == "te" and not engine:
+        raise ConfigError(
+            f"{key}=te needs Transformer Engine and a CUDA device: install both (docs/gpu.md) or use {key}=auto"
+        )
+    if wish not in ("auto", "te") and needs:
+        raise ConfigError(
+            f"{needs} needs the experts of Transformer Engine, not {key}={wish}: use {key}=auto, or leave it out"
+        )
+    if wish != "auto":
+        return Choice(key, wish, "as set", automatic=False)
+    if not engine:
+        return Choice(
+            key, "grouped", "without layers of Transformer Engine" if at.machine.gpu else "on CPU", automatic=True
+        )
+    if needs:
+        return Choice(key, "te", f"{needs} is of Transformer Engine's", automatic=True)
+    if not at.bf16:
+        return Choice(key, "te", "torch's grouped product for GPUs is of bf16, and the run is fp32", automatic=True)
+    if at.machine.capability[0] not in _GROUPED_KERNELS:
+        return Choice(key, "te", f"torch has no kernel of grouped products for {at.machine.gpu}", automatic=True)
+    # Measured: benchmarks/results/gpu_check.json, sections experts and peer.
+    return Choice(
+        key, "grouped", "one kernel for all experts, where Transformer Engine starts one for each", automatic=True
+    )
+
+
+def _needs_its_experts(model: ModelConfig) -> str | None:
+    """What is asked for that only Transformer Engine's experts do."""
+    if model.fp8 != "none":
+        return f"model.fp8={model.fp8}"
+    return "model.mcore.use_te_activation_func=true" if model.mcore.get("use_te_activation_func") else None
 
 
 # ---- dispatcher ------------------------------------------------------------------------------------------------------
@@ -225,8 +293,8 @@ def _backend(at: Situation) -> Choice:
 def _engine(at: Situation, why: str) -> _Verdict:
     """Of what needs Transformer Engine and nothing else."""
     obstacle = None if at.machine.has("transformer-engine") else "it needs Transformer Engine and a GPU"
-    if at.model.experts in ("grouped", "sequential"):
-        return obstacle, False, f"model.experts={at.model.experts} keeps Transformer Engine out"
+    if at.model.transformer_impl == "local":
+        return obstacle, False, f"{_IMPLEMENTATION}=local keeps Transformer Engine out"
     return obstacle, True, why
 
 
@@ -359,7 +427,7 @@ def resolved(at: Situation, choices: tuple[Choice, ...]) -> tuple[ModelConfig, P
     values = {choice.key: choice.value for choice in choices}
     performance = {key.split(".")[1]: value for key, value in values.items() if key.startswith("performance.")}
     return (
-        replace(at.model, dispatcher=str(values["model.dispatcher"])),
+        replace(_with_modules(at.model, list(choices)), dispatcher=str(values["model.dispatcher"])),
         replace(at.performance, **performance),  # type: ignore[arg-type]
     )
 

@@ -17,6 +17,7 @@ ACTIVATIONS = ("swiglu", "geglu", "gelu", "squared_relu")
 BALANCING = ("loss_free", "aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 DISPATCHERS = ("auto", "alltoall", "allgather", "flex")
 EXPERT_KINDS = ("auto", "grouped", "sequential", "te")
+IMPLEMENTATIONS = ("auto", "transformer_engine", "local")
 NORMS = ("RMSNorm", "LayerNorm")
 SCORES = ("softmax", "sigmoid")
 ROPE_SCALINGS = ("none", "llama3", "yarn")
@@ -26,8 +27,9 @@ _MAX_LAYERS = 10_000
 # Keys that say how a network is begun, trained or computed, not what it is: a checkpoint and the run that continues it may
 # differ in them, and a published model has none.
 HOW_IT_RUNS = frozenset(
-    ("init_from", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "capacity_factor", "experts",
-     "dispatcher", "recompute", "recompute_modules", "recompute_method", "recompute_layers", "fp8", "fp8_recipe", "mcore")
+    ("init_from", "init_std", "dropout", "aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "capacity_factor",
+     "transformer_impl", "experts", "dispatcher", "recompute", "recompute_modules", "recompute_method", "recompute_layers",
+     "fp8", "fp8_recipe", "mcore")
 )  # fmt: skip
 
 
@@ -148,7 +150,10 @@ class ModelConfig:
     # Tokens an expert takes at most, as a multiple of the even share; null never drops a token.
     capacity_factor: float | None = None
 
-    # Expert module: auto takes Transformer Engine's grouped GEMM where it is installed with a GPU, else ours.
+    # Whose layers, norms and attention: auto takes Transformer Engine's where it is installed with a GPU; local is mcore's
+    # of torch, whose attention keeps its scores.
+    transformer_impl: str = "auto"
+    # Expert module: te (Transformer Engine's), grouped (ours), sequential (mcore's, one by one) or auto (docs/gpu.md).
     experts: str = "auto"
     # How tokens travel to their experts: auto (docs/gpu.md), alltoall, allgather or flex (DeepEP, HybridEP).
     dispatcher: str = "auto"
@@ -200,7 +205,13 @@ class ModelConfig:
         one_of("model.normalization", self.normalization, NORMS)
         one_of("model.router_score", self.router_score, SCORES)
         one_of("model.balancing", self.balancing, BALANCING)
+        one_of("model.transformer_impl", self.transformer_impl, IMPLEMENTATIONS)
         one_of("model.experts", self.experts, EXPERT_KINDS)
+        if self.experts == "te" and self.transformer_impl == "local":
+            raise ConfigError(
+                "model.experts=te are experts of Transformer Engine, which model.transformer_impl=local keeps out: use "
+                "model.transformer_impl=auto, or model.experts=grouped"
+            )
         one_of("model.dispatcher", self.dispatcher, DISPATCHERS)
         one_of("model.recompute", self.recompute, RECOMPUTE)
         one_of("model.recompute_method", self.recompute_method, METHODS)

@@ -27,10 +27,10 @@ def check_context(model: Any, parallel: ParallelConfig, precision: str, keys: Ma
     if parallel.context == 1:
         return
     size = f"{keys['context']}={parallel.context}"
-    if model.experts in ("grouped", "sequential"):
+    if model.transformer_impl == "local":
         raise ConfigError(
-            f"{size} needs the attention of Transformer Engine, which model.experts={model.experts} keeps out: use "
-            f"model.experts=auto on GPUs that have it, or {keys['context']}=1"
+            f"{size} needs the attention of Transformer Engine, which model.transformer_impl=local keeps out: use "
+            f"model.transformer_impl=auto on GPUs that have it, or {keys['context']}=1"
         )
     if precision != "bf16":
         raise ConfigError(

@@ -89,8 +89,8 @@ def _obstacle(model: Any, bf16: bool, documents: bool, context: int, gpu: bool, 
         return "it needs a GPU"
     if not engine:
         return "it needs Transformer Engine, whose attention is captured"
-    if model.experts in ("grouped", "sequential"):
-        return f"model.experts={model.experts} keeps Transformer Engine and its attention out"
+    if model.transformer_impl == "local":
+        return "model.transformer_impl=local keeps Transformer Engine and its attention out"
     if not bf16:
         return "mcore captures inputs in bf16, and the run is fp32"
     if documents:

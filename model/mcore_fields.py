@@ -204,7 +204,7 @@ def refuse_without_engine(model: Any, bf16: bool) -> None:
         if model.mcore.get(name):
             raise ConfigError(
                 f"model.mcore.{name}={shown(model.mcore[name])} needs layers of Transformer Engine and a GPU: install both "
-                "(docs/gpu.md), and use model.experts=auto, or leave it out"
+                "(docs/gpu.md), and use model.transformer_impl=auto, or leave it out"
             )
     if bf16 and model.mcore.get("masked_softmax_fusion") and importlib.util.find_spec(_SOFTMAX) is None:
         raise ConfigError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.build import count_parameters, experts_kind
+from model.build import count_parameters
 from model.load import load_figures
 from parallel.compat import versions
 from parallel.compiler import compile_obstacle
@@ -31,7 +31,8 @@ def record_start(run: "Run", source: Path | None, manifest: Manifest | None) -> 
     """
     counts = count_parameters(run.settings.model, run.stage.chunks, run.layout)
     layout = run.layout.describe()
-    run.console.opening(run.settings, counts, layout, run.data.micro_batches, experts_kind(run.settings.model))
+    kind = next((str(c.value) for c in run.stage.choices if c.key == "model.experts"), "none")
+    run.console.opening(run.settings, counts, layout, run.data.micro_batches, kind)
     sources = run.data.table(run.position(), run.settings.run.steps)
     run.event(
         "start",

@@ -14,7 +14,10 @@ from unittest import mock
 
 import torch
 
-KINDS = ("te", "grouped", "sequential")
+# Whose layers and whose experts, by the name of both: Transformer Engine's layers with its experts, mcore's of torch with ours
+# and with mcore's; then Transformer Engine's layers with these two.
+KINDS = ("te", "grouped", "sequential", "te+grouped", "te+sequential")
+_EXPERTS = {"te": "TEGroupedMLP", "grouped": "GroupedExperts", "sequential": "SequentialMLP"}
 SIZES: dict[str, Any] = dict(
     layers=2,
     hidden_size=32,
@@ -48,7 +51,7 @@ def built(kind: str, network: dict[str, Any], layout: Any, experts: int = 4, pre
     from model.config import ModelConfig
 
     chunks = built_as(kind, ModelConfig(**(SIZES | network)), layout, experts, precision=precision)
-    name = {"te": "TEGroupedMLP", "grouped": "GroupedExperts", "sequential": "SequentialMLP"}[kind]
+    name = _EXPERTS[kind.removeprefix("te+")]
     found = {type(part.layer.experts).__name__ for part in moe_layers(chunks)}
     assert found <= {name}, found
     return chunks
@@ -69,9 +72,9 @@ def built_as(
 
     forget_models()
     with (
-        mock.patch.object(build, "experts_kind", return_value=kind),
+        mock.patch.object(build, "experts_kind", return_value=kind.removeprefix("te+")),
         # All that Transformer Engine's constructors ask of the device.
-        mock.patch.object(torch.cuda, "is_available", return_value=kind == "te"),
+        mock.patch.object(torch.cuda, "is_available", return_value=kind.startswith("te")),
     ):
         return build.build_chunks(
             model, experts, layout, vocab_size=vocab_size, sequence_length=32, precision=precision

@@ -43,17 +43,47 @@ def _h100(installed: str = "transformer-engine", ranks_per_node: int = 8) -> Mac
 
 def test_on_cpu_all_of_it_is_off() -> None:
     values = _values(_at(_CPU))
-    assert values.pop("dispatcher") == "alltoall"
+    words = {name: values.pop(name) for name in ("transformer_impl", "experts", "dispatcher")}
+    assert words == {"transformer_impl": "local", "experts": "grouped", "dispatcher": "alltoall"}
     assert set(values.values()) == {False}
 
 
 def test_hopper_with_transformer_engine() -> None:
     values = _values(_at(_h100()))
     assert values == {
+        "transformer_impl": "transformer_engine", "experts": "grouped",
         "dispatcher": "alltoall", "permute_fusion": True, "router_fusion": True, "rope_fusion": True,
         "cross_entropy_fusion": True, "gradient_accumulation_fusion": False, "shared_expert_overlap": True,
         "overlap_grad_reduce": True, "overlap_param_gather": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "layers", "experts"),
+    [
+        (_h100(), {}, "transformer_engine", "grouped"),
+        (named_machine("B200", "transformer-engine", 8), {}, "transformer_engine", "grouped"),
+        (named_machine("A100", "transformer-engine", 8), {}, "transformer_engine", "te"),  # torch has no kernel for it
+        (_h100(), {"bf16": False}, "transformer_engine", "te"),
+        (_h100(), {"model": ModelConfig(fp8="hybrid")}, "transformer_engine", "te"),
+        (_h100(), {"model": ModelConfig(mcore={"use_te_activation_func": True})}, "transformer_engine", "te"),
+        (_h100(), {"model": ModelConfig(experts="te")}, "transformer_engine", "te"),
+        (_h100(), {"model": ModelConfig(experts="sequential")}, "transformer_engine", "sequential"),
+        (_h100(), {"model": ModelConfig(transformer_impl="local")}, "local", "grouped"),
+        (_h100(""), {}, "local", "grouped"),
+        (named_machine("A100", "", 8), {}, "local", "grouped"),
+        (_h100(), {"model": ModelConfig(num_experts=0), "parallel": ParallelConfig()}, "transformer_engine", None),
+        (_CPU, {"model": ModelConfig(transformer_impl="local", experts="sequential")}, "local", "sequential"),
+    ],
+)  # fmt: skip
+def test_whose_layers_and_whose_experts(
+    machine: Machine, changes: dict[str, Any], layers: str, experts: str | None
+) -> None:
+    at = _at(machine, **changes)
+    values = _values(at)
+    assert (values["transformer_impl"], values.get("experts")) == (layers, experts)
+    model, _ = resolved(at, choose(at))
+    assert (model.transformer_impl, model.experts) == (layers, experts or at.model.experts)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +110,7 @@ def test_the_dispatcher(machine: Machine, expert: int, dispatcher: str, backend:
     ("changes", "off"),
     [
         ({"families": True}, {"router_fusion"}),
-        ({"model": ModelConfig(experts="grouped", shared_expert_ffn_hidden_size=8)},
+        ({"model": ModelConfig(transformer_impl="local", shared_expert_ffn_hidden_size=8)},
          {"permute_fusion", "router_fusion", "rope_fusion"}),
         ({"documents": True}, {"rope_fusion"}),
         ({"sharded": False}, {"overlap_param_gather"}),
@@ -123,6 +153,10 @@ def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any]
          r"flex_backend=deepep is of the flex dispatcher, and this is alltoall"),
         (_h100(), {"performance": PerformanceConfig(shared_expert_overlap=True), "model": ModelConfig()},
          "no shared experts"),
+        (_CPU, {"model": ModelConfig(experts="te")}, r"model\.experts=te needs .*: install both .* or use model\.experts=auto"),
+        (_h100(""), {"model": ModelConfig(transformer_impl="transformer_engine")},
+         r"model\.transformer_impl=transformer_engine needs .*: install both .* or use model\.transformer_impl=auto"),
+        (_h100(), {"model": ModelConfig(experts="grouped", fp8="hybrid")}, r"model\.fp8=hybrid needs .* not model\.experts=grouped: use"),
     ],
 )  # fmt: skip
 def test_what_was_asked_for_and_cannot_be_is_refused(machine: Machine, changes: dict[str, Any], message: str) -> None:

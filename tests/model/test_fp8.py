@@ -65,7 +65,7 @@ def _told() -> tuple[str, Any, Any, bool]:
         build.transformer_config(config, 8, layout.config, "bf16", device=layout.device)
     # What a Hopper card with Transformer Engine would be told; mcore's own checks of the combination run.
     with (
-        mock.patch.object(build, "experts_kind", return_value="te"),
+        mock.patch.multiple(build, experts_kind=lambda model: "te", uses_engine=lambda model: True),
         mock.patch.object(of_mcore, "is_te_min_version", return_value=True),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA H200"),

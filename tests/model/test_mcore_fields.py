@@ -68,7 +68,7 @@ def test_every_field_that_a_key_sets_is_listed() -> None:
     flex = PerformanceConfig(flex_backend="deepep")
     with (
         mock.patch.object(mcore_config, "make_transformer_config", side_effect=record),
-        mock.patch.object(build, "experts_kind", return_value="te"),
+        mock.patch.multiple(build, experts_kind=lambda model: "te", uses_engine=lambda model: True),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA H200"),
     ):

@@ -136,7 +136,7 @@ def _accepted() -> int:
                     machine=named_machine("h100", "transformer-engine,deepep", 8),
                 )
                 model, performance = resolved(at, choose(at))
-                with mock.patch.object(build, "experts_kind", return_value="te"):
+                with mock.patch.object(build, "uses_engine", return_value=True):
                     config = build.transformer_config(model, 4, layout.config, "bf16", performance=performance)
                 scope = getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope
                 assert config.cuda_graph_impl == "transformer_engine" and [part.name for part in scope] == ["attn"]

@@ -41,7 +41,7 @@ def _interchange(folder: str, network: dict[str, Any], sizes: dict[str, int]) ->
         te.fill(chunks, optimizer, layout)
         found[kind] = te.state(chunks, optimizer, layout)
         save_tensors(Path(folder) / kind, chunks, optimizer, layout)
-    assert found["te"] == found["grouped"] == found["sequential"]
+    assert all(found[kind] == found["te"] for kind in te.KINDS)
     assert any(name.startswith("exp_avg_sq/") for name in found["te"])
     for kind in te.KINDS:
         for written in te.KINDS:
@@ -217,13 +217,11 @@ def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
     )
     model, performance = resolved(at, choose(at))
     layout = te.layout()
-    with (
-        mock.patch.object(build, "experts_kind", return_value="te"),
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-    ):
+    with mock.patch.object(torch.cuda, "is_available", return_value=True):
         (chunk,) = build.build_chunks(
             model, 4, layout, vocab_size=64, sequence_length=32, precision="bf16", performance=performance
         )
+    assert {type(part.layer.experts).__name__ for part in te.moe_layers([chunk])} == {"GroupedExperts"}
     names = ("moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion")
     return {name: getattr(chunk.config, name) for name in (*names, "moe_shared_expert_overlap")}
 

@@ -172,13 +172,13 @@ def _close(one: Any, other: Any, where: str = "") -> None:
 def test_the_same_is_seen_of_a_network_in_any_modules(network: str, layout: str, tmp_path: Path) -> None:
     ranks, sizes = LAYOUTS[layout]
     seen = {kind: run_distributed(_observed, ranks, str(tmp_path), kind, NETWORKS[network], sizes) for kind in te.KINDS}
-    for theirs, ours, sequential in zip(*(seen[kind] for kind in te.KINDS), strict=True):
+    for theirs, *others in zip(*(seen[kind] for kind in te.KINDS), strict=True):
         groups = {name for name, squares in theirs["norms"].items() if squares[0] > 0}
         assert groups >= {"embedding", "attention", "router", "experts", "shared_experts", "dense_mlp", "norms"}
         assert theirs["siblings"]["sibling_divergence"] is not None
-        for other in (ours, sequential):
-            load, others = theirs.pop("load", None), other.pop("load")
-            assert load is None or load == others
+        load = theirs.pop("load")
+        for other in others:
+            assert other.pop("load") == load
             siblings, of_others = theirs["siblings"], other.pop("siblings")
             assert {k: v is None for k, v in siblings.items()} == {k: v is None for k, v in of_others.items()}
             _close({k: v for k, v in theirs.items() if k != "siblings"}, other)

@@ -35,7 +35,7 @@ _BF16 = [_ON, "run.precision=bf16", "data.corpus=none"]
     ("changes", "message"),
     [
         (["run.precision=fp32"], "captures inputs in bf16, and the run is fp32: use performance.cuda_graphs=none"),
-        (["model.experts=grouped"], "model.experts=grouped keeps Transformer Engine"),
+        (["model.transformer_impl=local"], "model.transformer_impl=local keeps Transformer Engine"),
         (["data.document_attention=true"], "data.document_attention=true tells attention"),
         (["model.attention=mla", "model.kv_heads=null"], "model.attention=mla reads its rotation from a cache"),
         (["model.dropout=0.1"], r"model\.dropout=0\.1 would draw other numbers"),
