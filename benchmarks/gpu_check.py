@@ -7,8 +7,9 @@ Every section runs in a process of its own with a time limit, so that one that f
 whole ends within eight minutes. A section has its own time and what those before it left over (one alone has all of it),
 leaves out what would take longer and says so; what it has started ends with it. Rows are printed as they come, and the
 result file is written again after each one: what is stopped keeps what it had. The file
-(benchmarks/results/gpu_check.json) has the card, the versions, the date, the git commit and the command; each row has a
-name, a value with its unit, the goal where there is one, and whether it is met. Sections that need several GPUs run with
+(benchmarks/results/gpu_check.json) has the card and the versions, each section the date, the git commit and the command;
+each row has a name, a value with its unit, the goal where there is one, and whether it is met. With `--sections` the others
+stay in the file as they were. Sections that need several GPUs run with
 one process on each, and are left out where there is one. Without a GPU only `--small` runs: the same sections on CPU with
 tiny shapes, which say that the code works and nothing about speed (tests/benchmarks/test_gpu_check.py). What has to be
 installed: benchmarks/gpu_setup.sh says what is missing.
@@ -22,10 +23,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,13 @@ def run_section(
     with subprocess.Popen(
         command,
         cwd=_ROOT,
-        env={**DEFAULTS, **SECTIONS[name].variables, **os.environ, _MARK: mark, DEADLINE: str(began + seconds)},
+        env={
+            **DEFAULTS,
+            **SECTIONS[name].variables,
+            **_compiled_once(os.environ),
+            _MARK: mark,
+            DEADLINE: str(began + seconds),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -128,6 +136,15 @@ def run_section(
     return found
 
 
+def _compiled_once(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which Python keeps what it compiles of modules, whose folder may be one that it may not write to.
+
+    On a lent machine every section took several seconds to compile torch's sources anew.
+    """
+    kept = {name: value for name, value in environment.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "coppice-gpu-check-pycache"), **kept}
+
+
 def seconds_for(name: str, names: list[str], processes: int, left: float) -> float:
     """What a section may take.
 
@@ -166,9 +183,34 @@ def as_table(result: dict[str, Any]) -> str:
         if "error" in section:
             lines.append(f"| {name} | failed: {section['error'].replace('|', '/')} | | **no** |")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines += ["", f"`{result['command']}`, {result['cards']} x {result['card']}, {versions}, commit {result['commit']}, "
-              f"{result['date']}, {result['seconds']:.0f} s."]  # fmt: skip
+    lines += ["", f"{result['cards']} x {result['card']}, {versions}."]
+    calls: dict[tuple[str, ...], list[str]] = {}
+    for name, section in result["sections"].items():
+        calls.setdefault(tuple(section[key] for key in ("command", "commit", "date")), []).append(name)
+    for (command, commit, date), names in calls.items():
+        lines += ["", f"{', '.join(names)}: `{command}`, commit {commit}, {date}."]
     return "\n".join(lines)
+
+
+def earlier(output: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Sections of an earlier result, to stand beside those that run now.
+
+    Args:
+        output: where the result goes; there may be none yet.
+        result: of now, without sections.
+
+    Raises:
+        ValueError: the file is of another machine or other versions, so that its figures cannot stand beside those of now.
+    """
+    if not output.exists():
+        return {}
+    old = json.loads(output.read_text())
+    for key in ("card", "cards", "versions", "small"):
+        if old.get(key) != result[key]:
+            raise ValueError(
+                f"--sections: {output} is of {key} {old.get(key)}, and this is {result[key]}: name another --output"
+            )
+    return {name: section for name, section in old["sections"].items() if name in SECTIONS}
 
 
 def _versions() -> dict[str, str]:
@@ -261,17 +303,25 @@ def main() -> int:
     if cards and processes > cards:
         print(f"error: --processes {processes} on {cards} visible GPUs: use at most {cards}", file=sys.stderr)
         return 2
-    sections: dict[str, Any] = {}
-    result = {
-        "card": _card() if cards else "none: CPU, tiny shapes", "cards": processes,
-        "versions": _versions(), "commit": options.commit or _commit(), "date": time.strftime("%Y-%m-%d"),
-        "command": "python " + " ".join(sys.argv), "small": options.small, "seconds": 0.0, "sections": sections,
+    result: dict[str, Any] = {
+        "card": _card() if cards else "none: CPU, tiny shapes", "cards": processes, "versions": _versions(),
+        "small": options.small,
     }  # fmt: skip
+    call = {
+        "command": "python " + " ".join(sys.argv), "commit": options.commit or _commit(), "date": time.strftime("%Y-%m-%d")
+    }  # fmt: skip
+    try:
+        kept = earlier(options.output, result) if options.sections else {}
+    except (ValueError, KeyError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    sections: dict[str, Any] = {}
     began = time.monotonic()
     options.output.parent.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
-        result["seconds"] = round(time.monotonic() - began, 1)
+        found = kept | {name: call | section for name, section in sections.items()}
+        result["sections"] = {name: found[name] for name in SECTIONS if name in found}
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 
     for name in names:
@@ -304,7 +354,7 @@ def main() -> int:
     failed = [name for name, section in sections.items() if "error" in section]
     checks = [row["name"] for row in rows if row.get("check") and not row["met"]]
     summary = f"{len(failed)} sections failed, {len(checks)} checks did not hold"
-    print(f"{len(rows)} figures in {result['seconds']:.0f} s, {summary}; written to {options.output}")
+    print(f"{len(rows)} figures in {time.monotonic() - began:.0f} s, {summary}; written to {options.output}")
     return 1 if failed or checks else 0
 
 

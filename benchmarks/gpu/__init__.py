@@ -41,15 +41,15 @@ class Section:
 _REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 SECTIONS = {
-    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 40, "machine"),
+    "machine": Section("what is here: card, libraries, the ceiling of a bf16 product", 30, "machine"),
     "switch": Section("the live switch: bit-identical to the checkpoint path, pause, peak memory", 90, "switch"),
-    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 95, "train"),
+    "train": Section("step time and MFU of whole models, ours over a bare mcore loop", 110, "train"),
     "several": Section("on all GPUs: 7B to 13B, EP growth, dispatchers, overlap", 110, "several", many=True),
-    "experts": Section("grouped GEMM over the ceiling, by tokens and skew", 35, "experts"),
+    "experts": Section("grouped GEMM over the ceiling, by tokens and skew", 25, "experts"),
     "fp8": Section("FP8 through an expansion, against bf16", 45, "fp8"),
     "graphs": Section("CUDA graphs of attention through an expansion, against none", 45, "graphs"),
     "family": Section("family routing's cost per step", 25, "family"),
-    "peer": Section("one MoE block beside torchtitan's", 20, "peer"),
+    "peer": Section("one MoE block beside torchtitan's", 25, "peer"),
     "kinds": Section("one checkpoint read by every expert module: the same losses", 40, "kinds", variables=_REPEATABLE),
     "faults": Section("on purpose: out of memory, too many processes, a collective that times out", 35, "faults"),
 }

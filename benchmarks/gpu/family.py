@@ -33,7 +33,8 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         yield row(f"{scale.name}: plain step", found["seconds"]["plain"]["step"] * 1e3, "ms")
         yield row(f"{scale.name}: plain router", found["seconds"]["plain"]["router"] * 1e3, "ms")
         for name in ("families", "half released"):
-            share = found[name]["added_share_of_step"]
-            yield row(f"{scale.name}: added by {name}, over a step", share, goal="at most 0.02", met=share <= 0.02)
-            yield row(f"{scale.name}: whole steps, {name} over plain", found[name]["step_ratio"])
+            # A router that is timed alone waits for the start of each of its kernels; in a step these wait behind others.
+            share, ratio = found[name]["added_share_of_step"], found[name]["step_ratio"]
+            yield row(f"{scale.name}: added by {name} to a router timed alone, over a step", share)
+            yield row(f"{scale.name}: whole steps, {name} over plain", ratio, goal="at most 1.02", met=ratio <= 1.02)
     leave_job(joined)

@@ -3,7 +3,6 @@
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,13 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name, mock.patch("train.job._report"):
         folder = Path(name)
         prefix, network = corpus(folder), _LARGE if possible else _SMALL
-        began = time.monotonic()
         plain, without, _ = _run(folder, "without", prefix, network)
-        longest = time.monotonic() - began
         if possible:
             yield from _beside(plain, without, folder, prefix)
         else:
             yield row("CUDA graphs", "not possible here: they need Transformer Engine and a GPU")
-        if seconds_left() < longest:
+        # What the first run compiled this one finds.
+        if seconds_left() < 1.5 * sum(without):
             yield no_time_for("two runs without graphs, largest difference of loss")
             return
         again, _, _ = _run(folder, "again", prefix, network)
@@ -95,4 +93,7 @@ def _beside(plain: list[float], without: list[float], folder: Path, prefix: Path
         yield row(f"{where}: captured in", made["seconds"], "s")
         yield row(f"{where}: graphs hold", made["bytes"] / 2**20, "MiB")
         share = gone["bytes"] / max(made["bytes"], 1)
-        yield row(f"{where}: of that given back", share, goal="at least 0.9", met=share >= 0.9)
+        # What libraries allocate for good in the first capture of a process stays; a later stage's must come back.
+        later = made["stage"] > 0
+        yield row(f"{where}: of that given back", share, goal="at least 0.9" if later else "",
+                  met=share >= 0.9 if later else None)  # fmt: skip

@@ -28,8 +28,11 @@ def _losses(run_dir: Path) -> list[float]:
 
 
 def rows(small: bool) -> Iterator[dict[str, Any]]:
-    """Train 6 steps with each module, and the last 3 once more with each from its checkpoint."""
-    kinds = (["te"] if have_transformer_engine() and torch.cuda.is_available() else []) + ["grouped", "sequential"]
+    """Train 6 steps with each module, and the last 3 again from its checkpoint: each by itself, and from and to the first."""
+    kinds = {kind: [f"model.experts={kind}"] for kind in ("grouped", "sequential")}
+    if have_transformer_engine() and torch.cuda.is_available():
+        # Its layers are around all of these; torch's around the last.
+        kinds = {"te": ["model.experts=te"], **kinds, "grouped in torch's layers": ["model.transformer_impl=local"]}
     # A resumed run is held against one that was not interrupted, to the last bit: kernels that add up in an order of the
     # moment are left out, here and by variables (`benchmarks/gpu/__init__.py`).
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -43,24 +46,24 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
             "evaluation.batches=1", "checkpoint.asynchronous=false",
         ]  # fmt: skip
         last, whole, halves = 0.0, {}, {}
-        for kind in kinds:
-            began, run_dir = time.monotonic(), folder / kind
+        for kind, overrides in kinds.items():
+            began, run_dir = time.monotonic(), folder / kind.replace("'", "").replace(" ", "-")
             saves = ["checkpoint.interval_steps=3", "checkpoint.keep_last=2"]
-            run_settings(load_settings([*common, *saves, f"model.experts={kind}", f"run.dir={run_dir}"]))
+            run_settings(load_settings([*common, *saves, *overrides, f"run.dir={run_dir}"]))
             whole[kind] = _losses(run_dir)
             halves[kind] = next(path for path in (run_dir / "checkpoints").iterdir() if path.name.endswith("00003"))
             # What the first run compiles and loads the others find.
             last = time.monotonic() - began
-        # Each with itself first.
-        pairs = sorted(((kind, other) for kind in kinds for other in kinds), key=lambda pair: pair[0] != pair[1])
-        for kind, other in pairs:
+        first, *others = kinds
+        crossed = [pair for other in others for pair in ((first, other), (other, first))]
+        for number, (kind, other) in enumerate([*((kind, kind) for kind in kinds), *crossed]):
             name = f"losses after a checkpoint of {kind} is read by {other}, largest difference"
             if seconds_left() < last:
                 yield no_time_for(name)
                 continue
-            run_dir = folder / f"{kind}-{other}"
+            run_dir = folder / str(number)
             run_settings(load_settings(
-                [*common, f"model.experts={other}", f"run.dir={run_dir}", f"run.resume={halves[kind]}"]
+                [*common, *kinds[other], f"run.dir={run_dir}", f"run.resume={halves[kind]}"]
             ))  # fmt: skip
             apart = max(abs(a - b) for a, b in zip(_losses(run_dir), whole[kind][3:], strict=True))
             limit = 0.0 if kind == other else _TOLERANCE

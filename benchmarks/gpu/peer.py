@@ -60,8 +60,8 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
         for kind in kinds:
             model = ModelConfig(layers=1, hidden_size=hidden, attention_heads=8, kv_heads=8, ffn_hidden_size=ffn,
                                 num_experts=experts, top_k=top_k, expert_ffn_hidden_size=ffn, experts=kind)  # fmt: skip
-            # As a run decides it: Transformer Engine's kernels where that is used.
-            fused = PerformanceConfig(permute_fusion=kind == "te", router_fusion=kind == "te")
+            # As a run decides it: Transformer Engine's kernels where it is installed.
+            fused = PerformanceConfig(permute_fusion="te" in kinds, router_fusion="te" in kinds)
             chunks = build_chunks(
                 model, experts, layout, vocab_size=256, sequence_length=tokens, precision="bf16", performance=fused
             )

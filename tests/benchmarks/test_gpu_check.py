@@ -43,19 +43,31 @@ def test_the_quick_sections_run_and_are_written_down(tmp_path: Path) -> None:
     done, result = _check(tmp_path, "--small", "--sections", "machine,experts")
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(result["sections"]) == {"machine", "experts"}
-    assert all(result[key] for key in ("card", "cards", "versions", "commit", "date", "command"))
+    assert all(result[key] for key in ("card", "cards", "versions"))
+    told = result["sections"]["machine"]
+    assert all(told[key] for key in ("commit", "date", "command", "seconds"))
     rows = _rows(result)
     assert rows["ceiling of a bf16 product"]["value"] > 0
     assert rows["grouped product against fp32, relative error"]["met"] is True
     table = gpu_check.as_table(result)
-    assert "| machine: ceiling of a bf16 product |" in table and result["commit"] in table and result["date"] in table
+    assert "| machine: ceiling of a bf16 product |" in table and told["commit"] in table and told["date"] in table
+
+
+def test_sections_measured_alone_leave_the_others_as_they_were(tmp_path: Path) -> None:
+    one = {"rows": [], "seconds": 1.0}
+    output, here = tmp_path / "result.json", {"card": "H", "cards": 1, "versions": {"torch": "2"}, "small": False}
+    assert gpu_check.earlier(output, here) == {}
+    output.write_text(json.dumps(here | {"sections": {"machine": one, "of another version": one}}))
+    assert gpu_check.earlier(output, here) == {"machine": one}
+    with pytest.raises(ValueError, match=r"result\.json is of card H, and this is A: name another --output"):
+        gpu_check.earlier(output, here | {"card": "A"})
 
 
 @pytest.mark.slow
 def test_all_sections_run(tmp_path: Path) -> None:
     done, result = _check(tmp_path, "--small", "--commit", "abc123")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert result["commit"] == "abc123"
+    assert {section["commit"] for section in result["sections"].values()} == {"abc123"}
     rows = [row for section in result["sections"].values() for row in section["rows"]]
     assert len(rows) > 25 and all(row["met"] for row in rows if row["check"])
     assert set(SECTIONS) - set(result["sections"]) == {"several"}
