@@ -21,6 +21,9 @@ from parallel.config import ParallelConfig
 from train.config import RunSettings
 
 GRADIENT_BYTES = 4
+# Bytes of a weight -> of each score of torch's attention in the layer that is at work, two elements that stay included. In
+# bf16 scores, their fp32 copy, masked, after the softmax, in bf16 again, and a gradient: an H200 held 17.7 and 18.6.
+_SCORE_BYTES = {2: 18, 4: 16}
 # docs/live-switch.md: the most that a switch may take, as a share of the larger stage's steady state.
 SWITCH_BOUND = 1.10
 
@@ -232,7 +235,8 @@ def activation_bytes(
         MoE            2 H + 3 E (fp32: twice) + K (H + 3 F) + shared 3 F, tokens even over experts
 
     Full recomputation keeps H per unit of layers, selective drops what its modules compute (`_dropped_elements`); what is
-    computed again is there once more for one unit, or one layer. In flight: mcore's 1F1B warm-up, min(pipeline - rank,
+    computed again is there once more for one unit, or one layer; torch's attention has its scores in several types at once
+    (`_SCORE_BYTES`) in the layer that is at work. In flight: mcore's 1F1B warm-up, min(pipeline - rank,
     accumulation) micro-batches, or its interleaved count; woven together (performance.expert_parallel_overlap) also a layer
     of the next micro-batch, or one chunk more in the interleaved count. CUDA graphs keep inputs of their own for each of
     these. Buffers of kernels, of communication and of the allocator are not in it.
@@ -275,6 +279,9 @@ def activation_bytes(
     if stage == 0:
         elements += in_flight[0] * model.hidden_size / tensor
     total = elements * weight
+    if not flash:
+        scores = model.attention_heads * data.sequence_length / (tensor * parallel.context)
+        total += (_SCORE_BYTES[weight] - 2 * weight) * scores
     if stage == pipeline - 1:
         rows = padded_vocab_size(model, vocab_size)
         total += 2 * model.hidden_size / tensor * weight + rows / tensor * (weight + 4)

@@ -28,7 +28,7 @@ def _losses(run_dir: Path) -> list[float]:
 
 
 def rows(small: bool) -> Iterator[dict[str, Any]]:
-    """Train 6 steps with each module, and the last 3 again from its checkpoint: each by itself, and from and to the first."""
+    """Train 6 steps with each module, the last 3 anew from its checkpoint: each by itself, and to and from the first."""
     kinds = {kind: [f"model.experts={kind}"] for kind in ("grouped", "sequential")}
     if have_transformer_engine() and torch.cuda.is_available():
         # Its layers are around all of these; torch's around the last.

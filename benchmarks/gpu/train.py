@@ -33,7 +33,7 @@ _LARGE = {
     "interleaved, 32 experts top-2": [
         ["model=paper_7b", f"model.layers={layers}", f"data.micro_batch_size={batch}",
          f"data.global_batch_size={8 * batch}", *_COMMON]
-        for layers in (20, 16, 12, 10, 8, 6, 4, 2) for batch in (4, 2, 1)
+        for batch, least in ((4, 8), (2, 4), (1, 2)) for layers in (20, 18, 16, 14, 12, 10, 8, 6, 4, 2) if layers >= least
     ],
     "fine-grained, 256 experts top-8": [
         ["model=paper_1b", f"model.layers={layers}", "model.hidden_size=1024", "model.attention_heads=8",
