@@ -2,8 +2,8 @@
 
 Each rule says first whether the key can be true at all, which is what an explicit `true` is held against, then whether it
 is worth it, which is what `auto` becomes. The conditions are mcore's own (0.16.1 and 0.19.2: `transformer_config.py`,
-`moe/token_dispatcher.py`, `moe/fused_a2a.py`, `tensor_parallel/layers.py`); where speed decides, the reason says so. None of
-them has been measured on a GPU yet.
+`moe/token_dispatcher.py`, `moe/fused_a2a.py`, `tensor_parallel/layers.py`); where speed decides, the reason says so. What
+of it was measured on a GPU: docs/gpu.md.
 """
 
 from collections.abc import Callable
@@ -378,7 +378,7 @@ def _expert_parallel(at: Situation, dispatcher: Choice) -> list[Choice]:
     why = nothing_to_hide(at.num_experts, at.parallel)
     if why:
         return [Choice(OVERLAP, False, f"nothing to hide: {why}", automatic=False)]
-    return [Choice(OVERLAP, True, "as set; not run on a GPU yet", automatic=False)]
+    return [Choice(OVERLAP, True, "as set; not run on several GPUs yet", automatic=False)]
 
 
 def _grad_reduce(at: Situation) -> _Verdict:
@@ -415,7 +415,7 @@ def _graphs(at: Situation) -> list[Choice]:
     )
     if wish == "none":
         return []
-    why = f"as set: captured after {WARMUP_STEPS} steps of the stage, and dropped before the next; not run on a GPU yet"
+    why = f"as set: captured after {WARMUP_STEPS} steps of the stage, and dropped before the next"
     return [Choice(KEY, wish, why, automatic=False)]
 
 

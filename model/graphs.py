@@ -3,7 +3,7 @@
 A graph replays the kernels of a layer's attention without the Python that launched them, on the addresses it was captured
 with. Of a layer only attention is captured: routers carry hooks that count tokens, family routing and biases that move, all
 of it Python that a replay would leave out, and experts get another number of tokens in every step. mcore's own helper
-captures after the first steps of a stage, drops at its end (`train/graphs.py`). None of it has been run on a GPU yet.
+captures after the first steps of a stage, drops at its end (`train/graphs.py`). Run on an H200 (docs/gpu.md).
 """
 
 from collections.abc import Mapping

@@ -29,12 +29,12 @@ class PerformanceConfig:
     # Compute shared experts while tokens travel to the routed ones: auto, true or false.
     shared_expert_overlap: bool | str = "auto"
     # Compute the backward pass of one micro-batch while tokens of the next travel to their experts, and the other way round
-    # (docs/gpu.md; keeps more activations, and has not been run on a GPU yet).
+    # (docs/gpu.md; keeps more activations, and has not been run on several GPUs yet).
     expert_parallel_overlap: bool = False
     # Library of the flex dispatcher: DeepEP, HybridEP, or whichever is installed and fits the GPU.
     flex_backend: str = "auto"
     # Replay the kernels of attention from CUDA graphs, captured after the first steps of a stage: none, or attention
-    # (docs/gpu.md; needs Transformer Engine, and has not been run on a GPU yet).
+    # (docs/gpu.md; needs Transformer Engine).
     cuda_graphs: str = "none"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@
 
 A graph holds addresses: of weights, of gradients where they are added up inside it, of communicators. So it goes before the
 stage does, and before gradient buffers are given back. mcore's layers run without graphs as soon as theirs are gone.
-Not run on a GPU yet.
+Run on an H200, on one rank (docs/gpu.md).
 """
 
 from __future__ import annotations
