@@ -46,7 +46,8 @@ from parallel.compat import (
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from parallel.layout import Layout
-from parallel.transformer_engine import have_transformer_engine
+from parallel.machine import have_apex_gradients
+from parallel.transformer_engine import add_gradients_in_products, have_transformer_engine
 
 # Under latent attention mcore's specs for Transformer Engine make norms part of the linear layers after them, and call them
 # otherwise in checkpoints than its torch specs do. Ours have the torch names, whatever computes them.
@@ -155,6 +156,9 @@ def config_anywhere(
         | recompute.mcore_fields(model, kind)
         | fp8.mcore_fields(model)
     )
+    if not have_apex_gradients():
+        # mcore's output layer refuses it then; Transformer Engine's are told when they are built.
+        values["gradient_accumulation_fusion"] = False
     if not initialise:
         values |= unset_values()
     if performance.cuda_graphs == "attention":
@@ -308,6 +312,8 @@ def build_chunks(
             vp_stage=vp_stage,
         )
         unmark_whole_weights(chunk)
+        if performance is not None and performance.gradient_accumulation_fusion is True:
+            add_gradients_in_products(chunk)
         chunks.append(chunk.to(layout.device))
     _mark_expert_parameters(chunks, layout)
     return chunks

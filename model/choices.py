@@ -334,10 +334,11 @@ def _cross_entropy(at: Situation) -> _Verdict:
 
 
 def _accumulation(at: Situation) -> _Verdict:
-    if not at.machine.has("apex"):
-        # The output layer is mcore's own under every spec, and raises without it.
-        return "mcore's output layer needs NVIDIA Apex's weight-gradient extension for it", False, ""
-    return None, True, "weight gradients go straight into the fp32 buffers"
+    if at.machine.has("apex"):
+        return None, True, "weight gradients go straight into the fp32 buffers"
+    if at.model.transformer_impl != "transformer_engine":
+        return "mcore's layers need NVIDIA Apex's weight-gradient extension for it", False, ""
+    return None, True, "weight gradients of Transformer Engine's layers go straight into the fp32 buffers"
 
 
 _RULES: dict[str, Callable[[Situation], _Verdict]] = {

@@ -102,8 +102,13 @@ def _found() -> Iterable[str]:
         # A branch of DeepEP, with a module of its own in the same package.
         if any((Path(folder) / "hybrid_ep_buffer.py").is_file() for folder in deep_ep.submodule_search_locations or ()):
             yield "hybridep"
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None:
+    if have_apex_gradients():
         yield "apex"
+
+
+def have_apex_gradients() -> bool:
+    """Whether NVIDIA Apex's extension is there by which mcore's own linear layers add weight gradients in their products."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def named_machine(kind: str, installed: str, ranks_per_node: int) -> Machine:

@@ -3,17 +3,25 @@
 mcore takes it wherever it can be imported, does without it silently where it cannot, and looks at no upper end of versions:
 a build for another torch or CUDA then shows as a layer that is missing, or as a wrong argument deep in a step. A run on
 GPUs asks here first.
+
+And two things about its layers that mcore has no word for.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from parallel.errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
 
 # The oldest that anybody has used with our code; mcore's metadata may ask for more, and names the newest.
 _LEAST = SpecifierSet(">=2.9")
@@ -92,3 +100,42 @@ def _import_problem() -> str | None:
             "CUDA that are installed, or uninstall it to train without (docs/gpu.md)"
         )
     return None
+
+
+def add_gradients_in_products(module: "torch.nn.Module") -> int:
+    """Have its layers add weight gradients to the fp32 buffers of mcore's DDP inside their matrix products.
+
+    mcore's own switch for it (`gradient_accumulation_fusion`) is refused by its output layer where NVIDIA Apex is missing,
+    which these layers do not need.
+
+    Args:
+        module: built, and not run yet.
+
+    Returns:
+        How many layers were told.
+    """
+    layers = [m for m in module.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+    return len(layers)
+
+
+@contextlib.contextmanager
+def counted_as_one_step(wrapped: Sequence[Any]) -> Iterator[None]:
+    """Gradients of several calls of mcore's schedule are added up inside, whatever layers they are of.
+
+    In 8 bits mcore tells its layers at every call which micro-batch is the first. There they make their 8-bit weights anew,
+    and where they add weight gradients in their products, they write over the buffer.
+
+    Args:
+        wrapped: the model chunks in DDP, gradients zeroed; weights do not change inside.
+    """
+    for chunk in wrapped:
+        chunk.set_is_first_microbatch()
+        # In front of the method of its class, until it is deleted.
+        chunk.set_is_first_microbatch = lambda: None
+    try:
+        yield
+    finally:
+        for chunk in wrapped:
+            del chunk.set_is_first_microbatch

@@ -18,6 +18,7 @@ from parallel.cluster import coordinates
 from parallel.config import ParallelConfig
 from parallel.errors import ExpansionError
 from parallel.redistribute import Redistribution
+from parallel.transformer_engine import counted_as_one_step
 from train import random_state
 from train.acceleration import changed, choice_lines
 from train.config import RunSettings
@@ -274,6 +275,7 @@ def _gradient_scores(run: "Run", rules: StageConfig) -> dict[int, list[float]]:
             with contextlib.ExitStack() as stack:
                 for chunk in stage.wrapped:
                     stack.enter_context(chunk.no_sync())
+                stack.enter_context(counted_as_one_step(stage.wrapped))
                 _peek(run, rules.scoring_batches, forward_only=False)
         finally:
             config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync

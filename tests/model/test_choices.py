@@ -53,7 +53,7 @@ def test_hopper_with_transformer_engine() -> None:
     assert values == {
         "transformer_impl": "transformer_engine", "experts": "grouped",
         "dispatcher": "alltoall", "permute_fusion": True, "router_fusion": True, "rope_fusion": True,
-        "cross_entropy_fusion": True, "gradient_accumulation_fusion": False, "shared_expert_overlap": True,
+        "cross_entropy_fusion": True, "gradient_accumulation_fusion": True, "shared_expert_overlap": True,
         "overlap_grad_reduce": True, "overlap_param_gather": True,
     }  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_what_stands_in_the_way_of_one_leaves_the_others(changes: dict[str, Any]
          r"permute_fusion=true cannot be here: .*with Triton, which cannot here: there is no C compiler: use .*=auto or false"),
         (_h100(""), {"performance": PerformanceConfig(router_fusion=True)}, r"router_fusion=true .*Transformer Engine"),
         (_h100(), {"performance": PerformanceConfig(router_fusion=True), "families": True}, "exact mode"),
-        (_h100(), {"performance": PerformanceConfig(gradient_accumulation_fusion=True)}, "NVIDIA Apex"),
+        (_h100(""), {"performance": PerformanceConfig(gradient_accumulation_fusion=True)}, "NVIDIA Apex"),
         (_h100("deepep"), {"model": ModelConfig(dispatcher="flex"), "bf16": False}, r"flex cannot be here: .*fp32"),
         (_h100(), {"model": ModelConfig(dispatcher="flex")}, r"neither DeepEP nor HybridEP is installed: use .*alltoall"),
         (_h100("hybridep"), {"model": ModelConfig(dispatcher="flex"),

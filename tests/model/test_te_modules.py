@@ -222,6 +222,9 @@ def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
             model, 4, layout, vocab_size=64, sequence_length=32, precision="bf16", performance=performance
         )
     assert {type(part.layer.experts).__name__ for part in te.moe_layers([chunk])} == {"GroupedExperts"}
+    # Every linear layer that is Transformer Engine's; the output layer is mcore's, which needs Apex for it.
+    fused = [m.fuse_wgrad_accumulation for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    assert len(fused) >= 6 and all(fused) and not chunk.output_layer.gradient_accumulation_fusion
     names = ("moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion")
     return {name: getattr(chunk.config, name) for name in (*names, "moe_shared_expert_overlap")}
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from parallel import transformer_engine
 from parallel.errors import LaunchError
-from parallel.transformer_engine import refuse_unusable, supported_versions, version_problem
+from parallel.transformer_engine import counted_as_one_step, refuse_unusable, supported_versions, version_problem
 
 _NEWEST = "<2.12" if importlib.metadata.version("megatron-core").startswith("0.16") else ""
 
@@ -78,3 +79,23 @@ def test_a_run_on_gpus_asks_before_mcore_is_imported(installed: Path, monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(LaunchError, match=r"cannot be used \(OSError: libcudart\.so\.12"):
         prepare_megatron()
+
+
+def test_micro_batches_of_several_calls_count_as_those_of_one_step() -> None:
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    config.fp8 = "hybrid"
+    chunk, layer = MegatronModule(config), torch.nn.Linear(2, 2)
+    chunk.layer = layer
+    # What mcore's wrappers of Transformer Engine's layers keep, and forget in their forward pass.
+    layer.is_first_microbatch = False
+    with pytest.raises(ZeroDivisionError), counted_as_one_step([chunk]):
+        assert layer.is_first_microbatch
+        layer.is_first_microbatch = False
+        chunk.set_is_first_microbatch()
+        assert not layer.is_first_microbatch
+        raise ZeroDivisionError
+    chunk.set_is_first_microbatch()
+    assert layer.is_first_microbatch
