@@ -1,11 +1,13 @@
 """Our grouped products over the ceiling of one plain product, by tokens per expert and by skew of the load."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks.gpu.rows import device, matmul_ceiling, no_time_for, row, seconds_left, seconds_of
+from benchmarks.gpu.rows import CUTLASS, device, matmul_ceiling, no_time_for, row, seconds_left, seconds_of
 from parallel.compat import prepare_megatron
 from parallel.transformer_engine import have_transformer_engine
 
@@ -72,18 +74,19 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
     yield _correct(small)
     ceiling = matmul_ceiling(256 if small else 8192)
     shapes = {"4 experts, 32 x 64": (4, 32, 64)} if small else _SHAPES
-    makers = {"ours": _ours}
+    kinds: dict[str, tuple[Callable[[int, int, int], _Linear], dict[str, str]]] = {"ours": (_ours, {})}
     if torch.cuda.is_available() and have_transformer_engine():
-        makers["te"] = _te
+        kinds |= {"te": (_te, {}), "te by CUTLASS": (_te, CUTLASS)}
     for name, (experts, hidden, width) in shapes.items():
-        for kind, make in makers.items():
+        for kind, (make, variables) in kinds.items():
             linear = make(experts, hidden, width)
             for tokens in (128,) if small else _TOKENS:
                 if seconds_left() < 3:
                     yield no_time_for(f"{kind}, {name}, {tokens} rows")
                     continue
                 for load, counts in _loads(experts, tokens).items():
-                    forward, backward = _rates(linear, counts, tokens, hidden, width)
+                    with mock.patch.dict(os.environ, variables):
+                        forward, backward = _rates(linear, counts, tokens, hidden, width)
                     what = f"{kind}, {name}, {tokens} rows, {load}"
                     yield row(f"{what}: forward", forward, "TFLOP/s")
                     yield row(f"{what}: forward over the ceiling", forward / ceiling)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.rows import device, row, synchronize
+from benchmarks.gpu.rows import CUTLASS, device, row, synchronize
 from parallel.compat import prepare_megatron
 from parallel.transformer_engine import have_transformer_engine
 
@@ -55,7 +56,8 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
             peer = MoE(options, dim=hidden, hidden_dim=ffn)
             peer.init_weights(0.02, device())
         peer.to(torch.bfloat16)
-        blocks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"torchtitan": peer}
+        # With variables of the environment, which Transformer Engine looks at in every product.
+        blocks: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, str]]] = {"torchtitan": (peer, {})}
         holders: list[torch.nn.Module] = [peer]
         for kind in kinds:
             model = ModelConfig(layers=1, hidden_size=hidden, attention_heads=8, kv_heads=8, ffn_hidden_size=ffn,
@@ -66,13 +68,15 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
                 model, experts, layout, vocab_size=256, sequence_length=tokens, precision="bf16", performance=fused
             )
             layer = moe_parts(chunks)[0].layer.to(device=device(), dtype=torch.bfloat16)
-            blocks[kind] = lambda x, layer=layer: layer(x)[0]
+            blocks[kind] = (lambda x, layer=layer: layer(x)[0], {})
+            if kind == "te":
+                blocks["te by CUTLASS"] = (blocks[kind][0], CUTLASS)
             holders.append(layer)
         with _counting_on_cpu():
             seconds = _turns(blocks, holders, inputs, gradient, 3 if small else 15)
         for kind, times in seconds.items():
             yield row(f"{name}, {tokens} tokens, {kind}: forward and backward", statistics.median(times) * 1e3, "ms")
-        for kind in kinds:
+        for kind in [kind for kind in seconds if kind != "torchtitan"]:
             pairs = zip(seconds[kind], seconds["torchtitan"], strict=True)
             yield row(
                 f"{name}, {tokens} tokens: time of {kind} over torchtitan's", statistics.median(a / b for a, b in pairs)
@@ -89,20 +93,21 @@ def _counting_on_cpu() -> contextlib.AbstractContextManager[Any]:
 
 
 def _turns(
-    blocks: dict[str, Callable[[torch.Tensor], torch.Tensor]], holders: list[torch.nn.Module], inputs: torch.Tensor,
-    gradient: torch.Tensor, rounds: int,
+    blocks: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, str]]], holders: list[torch.nn.Module],
+    inputs: torch.Tensor, gradient: torch.Tensor, rounds: int,
 ) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of each block, round by round after two to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in blocks}
     for number in range(rounds + 2):
-        for name, block in blocks.items():
+        for name, (block, variables) in blocks.items():
             for holder in holders:
                 holder.zero_grad(set_to_none=True)
             inputs.grad = None
             synchronize()
             began = time.perf_counter()
-            block(inputs).backward(gradient)
-            synchronize()
+            with mock.patch.dict(os.environ, variables):
+                block(inputs).backward(gradient)
+                synchronize()
             if number > 1:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
