@@ -72,6 +72,7 @@ def _te(experts: int, hidden: int, width: int) -> _Linear:
 def rows(small: bool) -> Iterator[dict[str, Any]]:
     """Forward and backward of one grouped linear layer over the ceiling; counts are on the host, as mcore hands them."""
     yield _correct(small)
+    yield from _adding(small)
     ceiling = matmul_ceiling(256 if small else 8192)
     shapes = {"4 experts, 32 x 64": (4, 32, 64)} if small else _SHAPES
     kinds: dict[str, tuple[Callable[[int, int, int], _Linear], dict[str, str]]] = {"ours": (_ours, {})}
@@ -107,6 +108,20 @@ def _rates(linear: _Linear, counts: torch.Tensor, tokens: int, hidden: int, widt
     flops = 2 * tokens * hidden * width / 1e12
     # The forward pass of `both` is taken out; on a noisy machine a tenth of it is the least that is left.
     return flops / forward, 2 * flops / max(seconds_of(both, 5) - forward, forward / 10)
+
+
+def _adding(small: bool) -> Iterator[dict[str, Any]]:
+    """A bf16 weight gradient added to an fp32 buffer, as mcore's DDP does after a product, and by a compiled function."""
+    elements = 1 << (16 if small else 28)
+    total = torch.zeros(elements, device=device())
+    gradient = torch.randn(elements, device=device(), dtype=torch.bfloat16)
+
+    def add(total: torch.Tensor, gradient: torch.Tensor) -> None:
+        total.add_(gradient)
+
+    for name, function in (("torch", add), ("a compiled function", torch.compile(add))):
+        rate = 10 * elements / seconds_of(lambda function=function: function(total, gradient), 5) / 1e9
+        yield row(f"a bf16 gradient added to an fp32 buffer by {name}, read and written", rate, "GB/s")
 
 
 def _correct(small: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Whole models: step time, MFU, ours over a bare mcore loop, one expert module over another."""
 
+import collections
 import gc
 import statistics
 import tempfile
@@ -25,6 +26,8 @@ from train.settings import load_settings  # noqa: E402
 
 # Seconds that the timed steps of one module may take, and that one needs to be begun at all.
 _STEP_SECONDS, _LEAST_SECONDS = 12.0, 8.0
+# Of the longest in a step that are named.
+_KERNELS = 16
 _COMMON = ["data.sequence_length=4096", "upcycle.stages=[]"]
 # Name -> overrides, the most wanted first: an interleaved network of the class of 1 B active and 7 B in all (20 layers), and
 # a fine-grained one of many narrow experts. The first that fits the card is measured. Eight micro-batches to a step: a
@@ -135,3 +138,27 @@ def _measured(
             yield row(f"{name}: peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
         yield row(f"{name}: ours over a bare mcore loop, {pairs} pairs of {block} steps", ratio, goal="at most 1.02",
                   met=ratio <= 1.02)  # fmt: skip
+        if kind == "grouped" and torch.cuda.is_available():
+            yield from _kernels(name, run)
+
+
+def _kernels(name: str, run: Any) -> Iterator[dict[str, Any]]:
+    """Where a step's time on the card goes: how long a kernel was at work, how many there were, the longest by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run._one_step()
+        synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    if not spans:
+        yield row(f"{name}: kernels of a step", "not seen by torch's profiler here")
+        return
+    busy, end = 0.0, spans[0][0]
+    for first, last in spans:
+        busy, end = busy + max(0.0, last - max(first, end)), max(end, last)
+    yield row(f"{name}: share of a step in which a kernel is at work, under the profiler", busy / (end - spans[0][0]))
+    yield row(f"{name}: kernels in a step", len(kernels))
+    spent: collections.Counter[str] = collections.Counter()
+    for event in kernels:
+        spent[event.name] += event.time_range.elapsed_us()
+    for kernel, microseconds in spent.most_common(_KERNELS):
+        yield row(f"{name}: {kernel[:90]}", microseconds / 1e3, "ms of a step")
