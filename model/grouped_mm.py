@@ -238,13 +238,17 @@ def _weight_gradient(
         return _outer_products(grad, rows, ends_e)
     _add_outer_products(weight_eNK.main_grad, grad, rows, ends_e)  # type: ignore[attr-defined]
     weight_eNK.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight_eNK)  # never read: DDP wants to see that there is a gradient
+    # Never read, as no gradient is there that autograd would add it to: DDP wants to see that there is one.
+    return torch.empty_like(weight_eNK)
 
 
 def _adds_to_buffer(weight: torch.Tensor) -> bool:
-    """Whether DDP manages this weight, by the marks that mcore's linear layers go by for fused accumulation."""
+    """Whether DDP manages this weight, by the marks that mcore's linear layers go by for fused accumulation.
+
+    A gradient that somebody left is DDP's and autograd's affair: autograd adds to it what we return.
+    """
     managed = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
-    return managed and not weight.is_cuda and not getattr(weight, "zero_out_wgrad", False)
+    return managed and weight.grad is None and not weight.is_cuda and not getattr(weight, "zero_out_wgrad", False)
 
 
 def _to_slots(rows: torch.Tensor, groups: TokenGroups) -> torch.Tensor:

@@ -69,7 +69,7 @@ def gradient_scores(
 
     Args:
         chunks: bare model chunks.
-        wrapped: the same chunks in DDP; their gradient buffers are used and left zeroed.
+        wrapped: the same chunks in DDP; their gradient buffers are used and left zeroed, the parameters' `.grad` None.
         layout: parallel layout.
         experts: experts per MoE layer, E.
         accumulate: runs forward and backward over `batches` global batches without reducing gradients.
@@ -82,6 +82,10 @@ def gradient_scores(
     one_of("utility", utility, GRADIENT_UTILITIES)
     for chunk in wrapped:
         chunk.zero_grad_buffer()
+    for chunk in chunks:
+        # After a step in fp32 mcore leaves the buffer's parts as the parameters' gradients. Autograd would add to them
+        # before DDP's hook does: a gradient twice, or the empty tensor of a layer that has added to the buffer itself.
+        chunk.zero_grad(set_to_none=True)
     parts = moe_parts(chunks)
     with restored_counters(parts):
         accumulate()

@@ -45,6 +45,13 @@ def test_adds_gradients_to_ddp_buffers(monkeypatch: pytest.MonkeyPatch, dtype: t
         expected += plain.grad
     torch.testing.assert_close(managed.main_grad, expected)
 
+    # Autograd adds to a gradient that is left, so it must get one.
+    managed.grad, plain.grad, managed.grad_added_to_main_grad = torch.zeros_like(managed), None, False
+    for weight in (plain, managed):
+        collect(grouped_linear(spread(rows, groups), weight, groups), groups).backward(gradient)
+    assert torch.equal(managed.grad, plain.grad) and not managed.grad_added_to_main_grad
+    torch.testing.assert_close(managed.main_grad, expected)
+
 
 def test_gradients_of_a_single_row_may_lie_anyhow() -> None:
     # A column turned over counts as contiguous, though not for grouped_mm; a sum's is expanded.
