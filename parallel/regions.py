@@ -67,6 +67,14 @@ def subtract(a: Box, b: Box) -> list[Box]:
     return left
 
 
+def first_element(shape: Sequence[int], box: Box) -> int:
+    """Position of a box's first element in the flattened tensor."""
+    position = 0
+    for size, offset in zip(shape, box.offset, strict=True):
+        position = position * size + offset
+    return position
+
+
 def shift(box: Box, source: Box, target: Box) -> Box:
     """Move a box by the distance from `source` to `target`."""
     moved = tuple(o - s + t for o, s, t in zip(box.offset, source.offset, target.offset, strict=True))

@@ -22,8 +22,12 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from parallel.errors import CheckpointError
+from parallel.regions import Box
+from parallel.stored_items import Item, StoredItems
 
 # Every global that an index of tensors is made of, as torch 2.13 to 2.15 write it, besides the types of elements.
 _INDEX_GLOBALS = {
@@ -156,6 +160,38 @@ class IndexReader(FileSystemReader):
         self._index.storage_meta.load_id = self.load_id
         return self._index
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what a plan asks for, each part of an item by itself and straight into its place where that is on CPU.
+
+        Raises:
+            CheckpointError: naming the file, if one cannot be read, or is not what the index says.
+        """
+        places = self.storage_data
+        if any(places[request.storage_index].transform_descriptors for request in plan.items):
+            # Compressed by an extension of torch.
+            return super().read_data(plan, planner)
+
+        def item_of(request: ReadItem) -> Item:
+            info = places[request.storage_index]
+            return Item(info.relative_path, info.offset, info.length)
+
+        with StoredItems(Path(self.path)) as stored:
+            for request in sorted(plan.items, key=item_of):
+                item = item_of(request)
+                try:
+                    if request.type == LoadItemType.BYTE_IO:
+                        planner.load_bytes(request, io.BytesIO(stored.window(item).read()))
+                        continue
+                    target = planner.resolve_tensor(request).detach()
+                    box = Box(tuple(request.storage_offsets), tuple(request.lengths))
+                    stored.read_into(item, box, target)
+                    planner.commit_tensor(request, target)
+                except UNREADABLE as e:
+                    raise unreadable(Path(self.path) / item.file, e, request.storage_index.fqn) from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
     def read_bytes(self, key: str) -> Any:
         """The value of an item of bytes, as `load_plain` reads it.
 
@@ -165,9 +201,8 @@ class IndexReader(FileSystemReader):
         (info,) = (info for at, info in (self._index.storage_data or {}).items() if at.fqn == key)
         path = Path(self.path) / info.relative_path
         try:
-            with open(path, "rb") as file:
-                file.seek(info.offset)
-                content = file.read(info.length)
+            with StoredItems(Path(self.path)) as stored:
+                content = stored.window(Item(info.relative_path, info.offset, info.length)).read()
         except OSError as e:
             raise CheckpointError(f"{path} cannot be read ({e.strerror}): use another checkpoint") from None
         return load_plain(io.BytesIO(content), f"{path} ({key})")

@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
@@ -41,10 +41,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from parallel.errors import CheckpointError
 from parallel.regions import Box, intersect
 from parallel.safe_pickle import UNREADABLE, read_index, unreadable
+from parallel.stored_items import Item, StoredItems
 
 # Files are begun anew at this size, so that many ranks that load have many files to read from.
 _FILE_BYTES = 4 << 30
-_OPEN_FILES = 16
 
 
 def pieces(shape: Sequence[int], itemsize: int, chunk_bytes: int) -> Iterator[Box]:
@@ -74,25 +74,6 @@ def pieces(shape: Sequence[int], itemsize: int, chunk_bytes: int) -> Iterator[Bo
             yield Box((first, *part.offset), (1, *part.shape))
 
 
-def first_element(shape: Sequence[int], box: Box) -> int:
-    """Position of a box's first element in the flattened tensor."""
-    position = 0
-    for size, offset in zip(shape, box.offset, strict=True):
-        position = position * size + offset
-    return position
-
-
-def _is_run(box: Box, shape: Sequence[int]) -> bool:
-    """Whether a box is a run of consecutive elements of the flattened tensor."""
-    cut = next((axis for axis, n in enumerate(box.shape) if n != 1), len(shape))
-    return tuple(box.shape[cut + 1 :]) == tuple(shape[cut + 1 :])
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of any dtype."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
 def close_flushed(file: IO[bytes] | None) -> None:
     """Close a file once its bytes are on the disk; nothing where none is open."""
     if file is not None:
@@ -101,40 +82,11 @@ def close_flushed(file: IO[bytes] | None) -> None:
         file.close()
 
 
-class _Window(io.RawIOBase):
-    """One archive inside a file of many."""
-
-    def __init__(self, file: io.RawIOBase, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(view) or 0
-        self._at += count
-        return count
-
-
 class _Shard(NamedTuple):
     """A stored box of a tensor, and the archive that holds it."""
 
     box: Box
-    file: str
-    offset: int
-    length: int
+    item: Item
 
 
 class StoredTensor(NamedTuple):
@@ -173,20 +125,16 @@ class StoredTensors:
                 self._shards[key] = [self._shard(index, key, chunk) for chunk in stored.chunks]
                 if sum(shard.box.numel for shard in self._shards[key]) != math.prod(stored.size):
                     raise CheckpointError(f"checkpoint {directory} does not hold all of {key}: use another checkpoint")
-        order = sorted(known, key=lambda key: min(((s.file, s.offset) for s in self._shards[key]), default=("", 0)))
+        order = sorted(known, key=lambda key: min((s.item for s in self._shards[key]), default=Item("", 0, 0)))
         self.tensors = {key: known[key] for key in order}
         self._check_files()
-        self._open: dict[str, io.RawIOBase] = {}
-        # Where the elements of an archive begin in its file; None where they do not lie in order.
-        self._begins: dict[_Shard, int | None] = {}
-        self._last: tuple[_Shard, torch.Tensor] | None = None
+        self._items = StoredItems(directory)
 
     def __enter__(self) -> "StoredTensors":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._last = None
-        self._close_files()
+        self._items.__exit__(kind, error, trace)
 
     def _shard(self, index: Metadata, key: str, chunk: ChunkStorageMetadata) -> _Shard:
         info = (index.storage_data or {}).get(MetadataIndex(key, chunk.offsets))
@@ -195,14 +143,14 @@ class StoredTensors:
                 f"checkpoint {self._directory} holds {key} in a form that cannot be read in pieces (compressed, or without "
                 "its place in a file): use a checkpoint that Coppice wrote"
             )
-        return _Shard(Box(tuple(chunk.offsets), tuple(chunk.sizes)), info.relative_path, info.offset, info.length)
+        return _Shard(Box(tuple(chunk.offsets), tuple(chunk.sizes)), Item(info.relative_path, info.offset, info.length))
 
     def _check_files(self) -> None:
         """Before anything is done with the first of them."""
         ends: dict[str, int] = {}
         for shards in self._shards.values():
-            for shard in shards:
-                ends[shard.file] = max(ends.get(shard.file, 0), shard.offset + shard.length)
+            for _, item in shards:
+                ends[item.file] = max(ends.get(item.file, 0), item.offset + item.length)
         for name, end in ends.items():
             path = self._directory / name
             try:
@@ -211,20 +159,6 @@ class StoredTensors:
                 raise CheckpointError(f"{path} cannot be read ({e.strerror}): use another checkpoint") from None
             if size < end:
                 raise CheckpointError(f"{path} is truncated, {size:,} of {end:,} bytes: use another checkpoint")
-
-    def _close_files(self) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-
-    def _file(self, name: str) -> io.RawIOBase:
-        file = self._open.get(name)
-        if file is None:
-            if len(self._open) == _OPEN_FILES:
-                self._close_files()
-            # Unbuffered: reads are large, or go through a window's few headers.
-            file = self._open[name] = open(self._directory / name, "rb", buffering=0)  # noqa: SIM115
-        return file
 
     def read(self, key: str, box: Box) -> torch.Tensor:
         """A box of a tensor, shaped as the box.
@@ -239,7 +173,7 @@ class StoredTensors:
     def read_into(self, key: str, box: Box, target: torch.Tensor) -> None:
         """Fill a tensor with a box of a stored one.
 
-        Memory: at most another `target`; a shard whose elements are stored out of order is read whole.
+        Memory: as `StoredItems.read_into`.
 
         Args:
             key: of the stored tensor.
@@ -261,59 +195,17 @@ class StoredTensors:
             try:
                 self._read_shard(key, shard, there, here)
             except UNREADABLE as e:
-                raise unreadable(self._directory / shard.file, e, key) from e
+                raise unreadable(self._directory / shard.item.file, e, key) from e
             filled += common.numel
         if filled != box.numel:
             raise CheckpointError(f"checkpoint {self._directory} does not hold all of {key}: use another checkpoint")
 
     def _read_shard(self, key: str, shard: _Shard, box: Box, target: torch.Tensor) -> None:
         """Fill `target` with a box of a shard, counted from the shard's first element."""
-        begin = self._begin(key, shard)
-        if begin is None or not _is_run(box, shard.box.shape):
-            whole = self._whole(shard)
-            for axis, (first, count) in enumerate(zip(*box, strict=True)):
-                whole = whole.narrow(axis, first, count)
-            target.copy_(whole)
-            return
-        memory = target if target.is_contiguous() else torch.empty(box.shape, dtype=target.dtype)
-        file, view = self._file(shard.file), _bytes_of(memory)
-        file.seek(begin + first_element(shard.box.shape, box) * memory.element_size())
-        while len(view):
-            # The kernel gives at most 2 GiB at a time.
-            count = file.readinto(view)
-            if not count:
-                raise EOFError("the file ends early")
-            view = view[count:]
-        if memory is not target:
-            target.copy_(memory)
-
-    def _begin(self, key: str, shard: _Shard) -> int | None:
-        """Where a shard's elements begin in its file; None if they cannot be addressed there one by one."""
-        if shard not in self._begins:
-            # On the meta device torch reads the description and notes where the data would have come from.
-            tensor = self._load(shard, "meta")
-            if tuple(tensor.shape) != shard.box.shape or tensor.dtype != self.tensors[key].dtype:
-                raise ValueError(f"it holds {list(tensor.shape)} {tensor.dtype}, not {list(shard.box.shape)}")
-            begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-            if begin is not None and tensor.is_contiguous():
-                begin += shard.offset + tensor.storage_offset() * tensor.element_size()
-            else:
-                begin = None
-            self._begins[shard] = begin
-        return self._begins[shard]
-
-    def _whole(self, shard: _Shard) -> torch.Tensor:
-        """All of a shard; the last one is kept."""
-        if self._last is None or self._last[0] != shard:
-            # The old one goes first: there is room for one.
-            self._last = None
-            self._last = shard, self._load(shard, "cpu")
-        return self._last[1]
-
-    def _load(self, shard: _Shard, device: str) -> torch.Tensor:
-        window = _Window(self._file(shard.file), shard.offset, shard.length)
-        tensor: torch.Tensor = torch.load(cast(IO[bytes], window), map_location=device, weights_only=True)
-        return tensor
+        place = self._items.place(shard.item)
+        if place.shape != shard.box.shape or place.dtype != self.tensors[key].dtype:
+            raise ValueError(f"it holds {list(place.shape)} {place.dtype}, not {list(shard.box.shape)}")
+        self._items.read_into(shard.item, box, target)
 
 
 class TensorWriter:

@@ -16,7 +16,8 @@ from model.fingerprint import Fingerprints, tensor_sums
 from model.sharded_state import OPTIMIZER_PREFIX
 from parallel.errors import CheckpointError, ExpansionError
 from parallel.optimizer_state import MOMENTS
-from parallel.stream_files import first_element, pieces
+from parallel.regions import first_element
+from parallel.stream_files import pieces
 from upcycle.dense_keys import Place, changed_source, factor_of, moe_key, place_of, scaled
 from upcycle.dense_stream import DenseCheckpoint
 from upcycle.verify import check_complete

@@ -22,9 +22,9 @@ import torch
 from model.fingerprint import Fingerprints, tensor_sums
 from model.sharded_state import parameter_of
 from parallel.errors import CheckpointError, ExpansionError
-from parallel.regions import Box
+from parallel.regions import Box, first_element
 from parallel.sharded_load import mark_complete, require_complete
-from parallel.stream_files import StoredTensor, StoredTensors, TensorWriter, first_element, pieces
+from parallel.stream_files import StoredTensor, StoredTensors, TensorWriter, pieces
 from upcycle.plan import ExpansionPlan
 from upcycle.transform import finish_rows, parents_of
 

@@ -97,7 +97,7 @@ _HOSTILE: dict[str, tuple[Callable[[Path, _Trap], None], str]] = {
     "plain": (_plain_value, r"plain/(common\.pt|__0_0\.distcp \(common_state/shard_0_1\)): "),
     "common": (_common, r"common/common\.pt: "),
     "bytes": (_bytes, r"bytes cannot be read: extra/shard_0_1: "),
-    "tensor": (_tensor, "tensor cannot be read: a tensor: "),
+    "tensor": (_tensor, r"tensor cannot be read: .*tensor/__0_0\.distcp: "),
 }
 
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 
+from parallel.compat import prepare_megatron
 from parallel.errors import CheckpointError
-from parallel.regions import Box
-from parallel.sharded_load import checkpoint_tensors, mark_complete
-from parallel.stream_files import StoredTensors, TensorWriter, first_element, pieces, read_index
+from parallel.regions import Box, first_element
+from parallel.sharded_load import checkpoint_tensors, load_sharded, mark_complete
+from parallel.stream_files import StoredTensors, TensorWriter, pieces, read_index
 from tests.distributed import run_distributed
 from tests.train.trainer import _tensor_digests
 from tests.upcycle import plans  # noqa: F401  (lifts hypothesis' deadline)
@@ -52,7 +53,11 @@ def test_pieces_follow_one_another(shape: list[int], itemsize: int, chunk_bytes:
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["in-order", "out-of-order"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
-def test_any_box_of_shards_cut_in_any_way(dtype: torch.dtype, swapped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shortest", [1, 1 << 16], ids=["stretch-by-stretch", "out-of-the-whole"])
+def test_any_box_of_shards_cut_in_any_way(
+    dtype: torch.dtype, swapped: bool, shortest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel.stored_items._SHORTEST_READ_BYTES", shortest)
     tensor = torch.arange(math.prod(_SHAPE)).view(_SHAPE).to(dtype)
     grid = [Box((a, 0, c), (2, 6, n)) for a in (0, 2) for c, n in ((0, 2), (2, 3))]
     _write(tmp_path / "grid", tensor, grid, swapped=swapped)
@@ -62,6 +67,10 @@ def test_any_box_of_shards_cut_in_any_way(dtype: torch.dtype, swapped: bool, tmp
         for box in [*wanted, *pieces(_SHAPE, dtype.itemsize, 40)]:
             expected = tensor[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))]
             assert torch.equal(stored.read("t", box), expected)
+            # Into memory of another order and type.
+            other = torch.empty(box.shape[::-1], dtype=torch.float64).permute(2, 1, 0)
+            stored.read_into("t", box, other)
+            assert torch.equal(other, expected.double())
 
 
 def test_mcore_and_torch_read_what_was_written(tmp_path: Path) -> None:
@@ -74,6 +83,40 @@ def test_mcore_and_torch_read_what_was_written(tmp_path: Path) -> None:
     assert cut == whole
     theirs, mine = FileSystemReader(tmp_path / "cut").read_metadata(), read_index(tmp_path / "cut")
     assert theirs.state_dict_metadata == mine.state_dict_metadata and theirs.storage_data == mine.storage_data
+
+
+def _load_in_parts(folder: Path, tensor: torch.Tensor) -> dict[str, float]:
+    """Load a tensor row by row, and in halves of every row; bytes read over its own, for each."""
+    prepare_megatron()
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    cuts = {
+        "rows": [(tensor[i : i + 1], (0, i, len(tensor))) for i in range(len(tensor))],
+        "halves": [(half, (1, i, 2)) for i, half in enumerate(tensor.chunk(2, dim=1))],
+        "transposed": [(tensor, (0, 0, 1))],
+    }
+    found = {}
+    for name, parts in cuts.items():
+        order = (0, 2, 1) if name == "transposed" else (0, 1, 2)
+        into = [torch.zeros_like(part.permute(order)).contiguous().permute(order) for part, _ in parts]
+        asked = {str(i): ShardedTensor.from_rank_offsets("t", into[i], at) for i, (_, at) in enumerate(parts)}
+        before = _bytes_read()
+        loaded, missing, _ = load_sharded(asked, str(folder))
+        found[name] = (_bytes_read() - before) / tensor.nbytes
+        assert not missing and all(torch.equal(loaded[str(i)], part) for i, (part, _) in enumerate(parts))
+    return found
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_what_is_loaded_in_parts_is_read_once(tmp_path: Path) -> None:
+    # Large enough that what it takes to find the elements does not count.
+    tensor = torch.randn(16, 128, 256)
+    _write(tmp_path / "whole", tensor, [Box((0, 0, 0), (16, 128, 256))])
+    (found,) = run_distributed(_load_in_parts, 1, tmp_path / "whole", tensor)
+    assert all(1.0 <= times < 1.2 for times in found.values()), found
 
 
 def test_a_part_of_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from model.hf.read import PublishedReader
 from model.hf.registry import family_of
 from model.hf.source import PublishedModel, carry_over
 from parallel.compat import versions
+from parallel.regions import first_element
 from parallel.sharded_load import mark_complete
-from parallel.stream_files import TensorWriter, first_element, pieces
+from parallel.stream_files import TensorWriter, pieces
 from train.checkpoint.folder import Manifest, need_space
 from train.config import RunSettings
 from train.offline.files import seal_alone, staged
