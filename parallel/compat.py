@@ -125,6 +125,9 @@ def prepare_megatron() -> None:
         # Its import of TE's wrappers succeeds without TE, and it asks isinstance() of a stand-in: every MLA layer fails.
         multi_latent_attention.HAVE_TE = False
     use_many_at_once()
+    # The CRC of what is saved takes longer than writing it, and nothing reads it: torch.load does not, and checkpoints have
+    # the SHA-256 of every file.
+    torch.serialization.set_crc32_options(False)
 
 
 # Warnings that mcore's use of torch provokes (attributed to torch's files, or to the CPU runtime's).

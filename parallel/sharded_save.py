@@ -21,16 +21,21 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from parallel.errors import CheckpointError
 from parallel.sharded_load import agreed
+
+# A rank writes up to so many files at once, of at least so many bytes each: copying into the system's cache, and digesting
+# a file later, keep one core busy each.
+_FILES, _FILE_BYTES = 4, 1 << 28
 
 
 @dataclasses.dataclass
@@ -139,7 +144,7 @@ def begin_save(
             leaf = leaves[i]
             by_key[getattr(leaf, "unique_key", leaf.key)].append(_copied(leaf) if copy else leaf)
         state = mcore_to_pyt_state_dict(by_key, False)
-        planner, writer = _planner(), _writer(directory, on_host=copy)
+        planner, writer = _planner(), _writer(directory)
         planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=dist.get_rank() == 0)
         writer.set_up_storage_writer(dist.get_rank() == 0, rank=dist.get_rank(), use_collectives=True)
     if not all(hits):
@@ -164,9 +169,11 @@ def _request(
                 file.write(common)
                 file.flush()
                 os.fsync(file.fileno())
-        futures = writer.write_data(plan, planner)
-        futures.wait()
-        results.extend(futures.value())
+        parts = _parts(plan)
+        # Not torch's own threads: what one of them raises is lost, and its part of the checkpoint with it.
+        with ThreadPoolExecutor(len(parts)) as pool:
+            for written in pool.map(lambda part: writer.write_data(part, planner).wait(), parts):
+                results.extend(written)
 
     def finish() -> None:
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -182,13 +189,34 @@ def _request(
     return _Request(write, (), [finish])
 
 
-def _writer(directory: str, *, on_host: bool) -> FileSystemWriter:
-    """torch's writer; where all that it writes is in host memory, one that asks nothing of a GPU.
+def _parts(plan: SavePlan) -> list[SavePlan]:
+    """A rank's plan, one file each, of about the same size."""
+    sizes = [_bytes_of(item) for item in plan.items]
+    count = max(1, min(_FILES, sum(sizes) // _FILE_BYTES))
+    if count == 1:
+        return [plan]
+    loads, dealt = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[WriteItem]]]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        file = loads.index(min(loads))
+        loads[file] += sizes[i]
+        dealt[file].append(plan.items[i])
+    names = [dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{i}_") for i in range(count)]
+    return [dataclasses.replace(plan, items=items, storage_data=name) for items, name in zip(dealt, names, strict=True)]
 
-    It copies ahead from a GPU by default, and waits for its stream even if there is nothing to copy. In a thread of its own
-    that is the stream of the first GPU, whichever is this rank's, and would end a capture of CUDA graphs.
+
+def _bytes_of(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _writer(directory: str) -> FileSystemWriter:
+    """torch's writer, one that copies nothing ahead from a GPU.
+
+    With that it would wait for a stream even if there is nothing to copy. In a thread of its own that is the stream of the
+    first GPU, whichever is this rank's, and would end a capture of CUDA graphs.
     """
-    return FileSystemWriter(directory, per_thread_copy_ahead=0) if on_host else FileSystemWriter(directory)
+    return FileSystemWriter(directory, per_thread_copy_ahead=0)
 
 
 def save_sharded(

@@ -8,6 +8,7 @@ into the tensor that wants them.
         items.read_into(Item("__0_0.distcp", 0, 4096), Box((4, 0), (2, 64)), target)
 """
 
+import ctypes
 import io
 import os
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ class StoredItems:
         memory = target if ready else torch.empty(box.shape, dtype=place.dtype)
         assert place.begin is not None
         at = place.begin + first_element(place.shape, box) * place.dtype.itemsize
-        _fill(file, at, memory.view(-1).view(torch.uint8).numpy().data)
+        _fill(file, at, _bytes_of(memory))
         if not ready:
             target.copy_(memory)
 
@@ -193,6 +194,11 @@ class StoredItems:
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"it holds a {type(tensor).__name__}, not a tensor")
         return tensor
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, which must outlive it. (`numpy()` would forbid its storage to be resized.)"""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _fill(file: io.RawIOBase, at: int, view: memoryview) -> None:

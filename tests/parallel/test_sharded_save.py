@@ -13,6 +13,7 @@ from parallel.safe_pickle import read_index
 from parallel.sharded_load import load_sharded
 from parallel.sharded_save import KnownPlan, begin_save, save_sharded
 from tests.distributed import run_distributed
+from train.checkpoint.files import written_by
 
 
 def _box(key: str, rows: int, first: int, data: torch.Tensor, replica: int = 0) -> Any:
@@ -66,6 +67,29 @@ def test_a_plan_is_used_again_for_the_same_tensors_only(tmp_path: Path) -> None:
     first, again = (read_index(tmp_path / name) for name in "01")
     assert first.state_dict_metadata == again.state_dict_metadata
     assert {k: vars(v) for k, v in first.storage_data.items()} == {k: vars(v) for k, v in again.storage_data.items()}
+
+
+def _save_in_several_files(folder: Path) -> str:
+    prepare_megatron()
+    with mock.patch("parallel.sharded_save._FILE_BYTES", 8):
+        save_sharded(_state(torch.distributed.get_rank(), 3.0, 3), str(folder / "several"))
+        with pytest.raises(CheckpointError) as caught:
+            save_sharded(_state(torch.distributed.get_rank(), 3.0, 3), str(folder / "taken"))
+    cut_RC, both = _load(folder / "several")
+    assert torch.equal(cut_RC, torch.arange(10.0).reshape(5, 2) * 3)
+    assert torch.equal(both, torch.ones(3, 2) * 3)
+    return str(caught.value)
+
+
+def test_one_of_the_files_that_a_rank_writes_at_once_fails(tmp_path: Path) -> None:
+    (tmp_path / "taken" / "__0_1_0.distcp").mkdir(parents=True)  # where a file of rank 0 is wanted
+    for message in run_distributed(_save_in_several_files, 2, tmp_path):
+        assert "taken cannot be written: " in message and "__0_1_0.distcp" in message
+    assert not (tmp_path / "taken" / "metadata.json").exists()
+    names = [path.name for path in (tmp_path / "several").glob("*.distcp")]
+    mine, theirs = (sorted(written_by(names, rank)) for rank in (0, 1))
+    assert mine[:2] == ["__0_0_0.distcp", "__0_1_0.distcp"] and theirs and all(n.startswith("__1_") for n in theirs)
+    assert len(mine) + len(theirs) == len(names)
 
 
 def _write_beside_a_gpu(folder: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MARKER = "complete.json"
 # Names that say which rank wrote a file: tensors of torch_dist, and generator states.
-_RANK = re.compile(r"(?:__|rank-)0*(\d+)(?:_\d+)?\.(?:distcp|pt)$")
+_RANK = re.compile(r"(?:__|rank-)0*(\d+)(?:_\d+)*\.(?:distcp|pt)$")
 _READ_BYTES = 1 << 22
 _FOLDER = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
 
