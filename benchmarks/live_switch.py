@@ -179,7 +179,9 @@ def main() -> None:
         shutil.rmtree(folder)
     grown = live["expansion"]
     pause = _seconds(grown, "describe", "rebuild", "move", "verify")
-    through_disk = disk["save_seconds"] + _seconds(disk["expansion"], "transform", "rebuild", "load", "verify")
+    through_disk = disk["save_seconds"] + _seconds(
+        disk["expansion"], "transform", "rebuild", "load", "verify", "publish"
+    )
     # Saved, transformed, built and loaded again, without the start of the processes.
     relaunch = disk["save_seconds"] + _seconds(disk["expansion"], "transform") + again["open_seconds"]
     result = {

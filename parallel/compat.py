@@ -125,8 +125,15 @@ def prepare_megatron() -> None:
         # Its import of TE's wrappers succeeds without TE, and it asks isinstance() of a stand-in: every MLA layer fails.
         multi_latent_attention.HAVE_TE = False
     use_many_at_once()
-    # The CRC of what is saved takes longer than writing it, and nothing reads it: torch.load does not, and checkpoints have
-    # the SHA-256 of every file.
+    save_without_crc()
+
+
+def save_without_crc() -> None:
+    """Leave out the CRC of what torch.save writes in this thread; torch before 2.13 leaves it out in all of them then.
+
+    It takes longer than the writing, and nothing reads it: torch.load does not, and checkpoints have the SHA-256 of every
+    file.
+    """
     torch.serialization.set_crc32_options(False)
 
 

@@ -9,6 +9,8 @@ needs no other rank can run in a thread:
     thread = Thread(target=save.write)                    # this rank's files; no collectives
     ...                                                   # training goes on
     save.finish()                                         # collective: all ranks have written, or none of it counts
+
+The files are then in the system's cache. Whoever counts on them after a crash flushes them (`train/checkpoint/files.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from parallel.compat import save_without_crc
 from parallel.errors import CheckpointError
 from parallel.sharded_load import agreed
 
@@ -167,11 +170,9 @@ def _request(
             # Where 0.16 keeps what is not sharded; 0.19 reads it too where it finds it.
             with open(os.path.join(directory, "common.pt"), "wb") as file:
                 file.write(common)
-                file.flush()
-                os.fsync(file.fileno())
         parts = _parts(plan)
         # Not torch's own threads: what one of them raises is lost, and its part of the checkpoint with it.
-        with ThreadPoolExecutor(len(parts)) as pool:
+        with ThreadPoolExecutor(len(parts), initializer=save_without_crc) as pool:
             for written in pool.map(lambda part: writer.write_data(part, planner).wait(), parts):
                 results.extend(written)
 
@@ -201,7 +202,9 @@ def _parts(plan: SavePlan) -> list[SavePlan]:
         loads[file] += sizes[i]
         dealt[file].append(plan.items[i])
     names = [dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{i}_") for i in range(count)]
-    return [dataclasses.replace(plan, items=items, storage_data=name) for items, name in zip(dealt, names, strict=True)]
+    # Few large tensors may not fill as many files.
+    parts = [(items, name) for items, name in zip(dealt, names, strict=True) if items]
+    return [dataclasses.replace(plan, items=items, storage_data=name) for items, name in parts]
 
 
 def _bytes_of(item: WriteItem) -> int:
@@ -211,12 +214,13 @@ def _bytes_of(item: WriteItem) -> int:
 
 
 def _writer(directory: str) -> FileSystemWriter:
-    """torch's writer, one that copies nothing ahead from a GPU.
+    """torch's writer, one that neither waits for the disk nor copies ahead from a GPU.
 
-    With that it would wait for a stream even if there is nothing to copy. In a thread of its own that is the stream of the
-    first GPU, whichever is this rank's, and would end a capture of CUDA graphs.
+    Who calls the checkpoint complete flushes its files. With copies ahead it would wait for a stream even if there is
+    nothing to copy. In a thread of its own that is the stream of the first GPU, whichever is this rank's, and would end a
+    capture of CUDA graphs.
     """
-    return FileSystemWriter(directory, per_thread_copy_ahead=0)
+    return FileSystemWriter(directory, sync_files=False, per_thread_copy_ahead=0)
 
 
 def save_sharded(

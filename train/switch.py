@@ -10,7 +10,7 @@ import gc
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from parallel.optimizer_ages import OptimizerAges
 from parallel.optimizer_state import get_step, has_moments, set_step
 from parallel.redistribute import Redistribution
 from train import random_state
-from train.checkpoint.folder import Manifest, checkpoint_name, read_manifest
+from train.checkpoint.folder import checkpoint_name, read_manifest
 from train.stage import build_stage
 from train.watchdog import Watchdog
 from upcycle.live import add_bias_noise, move_state
@@ -205,16 +205,14 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
     """
     persistence = run.persistence
     old = persistence.manifest()
-    experts = old.experts
     carried = _Carried.of(run)
-    needed = persistence.needed_bytes(plan.experts_after / plan.experts_before)
     number, plans = run.stage.number + 1, [*run.plans, plan.to_dict()]
-    # Filled once the new stage stands; published with it.
-    manifest = Manifest(**vars(old))
-
-    def write(staging: Path) -> None:
-        with clock.act("transform"):
-            expand_checkpoint(source / "tensors", staging / "tensors", plan, experts, run.layout)
+    folder, name, began = persistence.folder, checkpoint_name(run.step, number, expanded=True), time.perf_counter()
+    tensors = folder.reserve(name, persistence.needed_bytes(plan.experts_after / plan.experts_before)) / "tensors"
+    with clock.act("transform"):
+        expand_checkpoint(source / "tensors", tensors, plan, old.experts, run.layout)
+    # The disk has time until the new stage stands; it is built from what the system still has in its cache.
+    with folder.reading_back(name) as files:
         with clock.act("rebuild"):
             run.stage.release()
             gc.collect()
@@ -224,24 +222,30 @@ def through_checkpoint(run: "Run", plan: ExpansionPlan, source: Path, clock: Clo
                 run.settings, number, layout, run.vocab_size, plans, schedule_begins=run.schedule_begins
             )
         with clock.act("load"):
-            persistence.load_stage(staging / "tensors", old.optimizer_step)
+            persistence.load_stage(tensors, old.optimizer_step)
             carried.give(run)
             with layout.together("saving generator states"):
-                random_state.save(staging / "rng", layout.rank)
+                random_state.save(tensors.parent / "rng", layout.rank)
         with clock.act("verify"):
             found = take_fingerprints(run.stage.chunks, run.stage.optimizer, layout, error=ExpansionError)
-            verify_expansion(old.fingerprints, found, plan, experts)
+            verify_expansion(old.fingerprints, found, plan, old.experts)
         run.enter_stage(plans)
         _let_age(run, plan, old.optimizer_step)
-        manifest.ages = run.ages.to_dict()
-        manifest.stage, manifest.num_experts = number, plan.experts_after
-        manifest.layout = layout.describe()
-        manifest.fingerprints = found
-        manifest.experts = expert_keys(run.stage.chunks, layout)
-        manifest.plans = list(run.plans)
-        manifest.stages = [entry.to_dict() for entry in run.course.entries[: run.course.begun]]
-        manifest.guard = run.guard.to_dict() if run.guard else None
-
-    began = time.perf_counter()
-    path = persistence.folder.write(checkpoint_name(run.step, number, expanded=True), manifest, needed, write)
+        manifest = replace(
+            old,
+            ages=run.ages.to_dict(),
+            stage=number,
+            num_experts=plan.experts_after,
+            layout=layout.describe(),
+            fingerprints=found,
+            experts=expert_keys(run.stage.chunks, layout),
+            plans=list(run.plans),
+            stages=[entry.to_dict() for entry in run.course.entries[: run.course.begun]],
+            guard=run.guard.to_dict() if run.guard else None,
+        )
+        with clock.act("publish"):
+            mine: dict[str, list[Any]] = {}
+            with layout.together("reading a checkpoint back"):
+                mine = files()
+            path = folder.publish(name, manifest, mine)
     persistence.saved(path, time.perf_counter() - began, manifest)

@@ -90,6 +90,9 @@ def test_one_of_the_files_that_a_rank_writes_at_once_fails(tmp_path: Path) -> No
     mine, theirs = (sorted(written_by(names, rank)) for rank in (0, 1))
     assert mine[:2] == ["__0_0_0.distcp", "__0_1_0.distcp"] and theirs and all(n.startswith("__1_") for n in theirs)
     assert len(mine) + len(theirs) == len(names)
+    # No CRC either, whichever thread has written: the local header of the first record of an archive has zero for it.
+    for name in mine:
+        assert (tmp_path / "several" / name).read_bytes()[14:18] == bytes(4)
 
 
 def _write_beside_a_gpu(folder: Path) -> None:

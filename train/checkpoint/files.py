@@ -64,15 +64,34 @@ def digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def digests(folder: Path, names: Sequence[str], threads: int = 4) -> dict[str, list[Any]]:
+def digests(folder: Path, names: Sequence[str], threads: int = 4, *, flush: bool = False) -> dict[str, list[Any]]:
     """Size in bytes and SHA-256 of some files, by name; hashing lets go of Python's lock, so threads help.
 
+    Args:
+        folder: that holds them.
+        names: relative to it.
+        threads: that digest at once.
+        flush: bring them to the disk as well, which works while they are digested.
+
     Raises:
-        OSError: if one cannot be read.
+        OSError: if one cannot be read, or the disk refuses.
     """
-    with ThreadPoolExecutor(max(1, min(threads, len(names)))) as pool:
+    many = max(1, min(threads, len(names)))
+    with ThreadPoolExecutor(many) as pool, ThreadPoolExecutor(many) as disk:
+        flushed = disk.map(lambda name: _flush(folder / name), names) if flush else iter(())
         sums = list(pool.map(lambda name: digest(folder / name), names))
+        # What a thread has raised is raised here.
+        list(flushed)
     return {name: [(folder / name).stat().st_size, value] for name, value in zip(names, sums, strict=True)}
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def seal(folder: Path, manifest: "Manifest", files: Mapping[str, Sequence[Any]]) -> None:
@@ -89,11 +108,7 @@ def seal(folder: Path, manifest: "Manifest", files: Mapping[str, Sequence[Any]])
     text = json.dumps({**asdict(manifest), "files": dict(files)})
     _write(folder / MANIFEST, text)
     _write(folder / MARKER, json.dumps({"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}))
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _flush(folder)
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,10 +11,12 @@ A checkpoint is written under a name ending in `.partial` and renamed when compl
 one. One run at a time may use the folder.
 """
 
+import contextlib
 import json
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,30 +237,6 @@ class CheckpointFolder:
         """Where a checkpoint lies until it is published."""
         return self.root / f"{name}.partial"
 
-    def write(self, name: str, manifest: Manifest, needed_bytes: int, write_tensors: Callable[[Path], None]) -> Path:
-        """Write one checkpoint under a staging name, then publish it by rename.
-
-        Args:
-            name: folder name (`checkpoint_name`).
-            manifest: what it says about itself; equal on all ranks.
-            needed_bytes: estimate, checked before anything is written.
-            write_tensors: called on all ranks with the staging folder; writes `tensors/` and `rng/`.
-
-        Raises:
-            CheckpointError: if there is no room or the disk fails; older checkpoints are untouched.
-        """
-        staging = self.reserve(name, needed_bytes)
-        try:
-            write_tensors(staging)
-        except OSError as e:
-            raise CheckpointError(f"checkpoint {name} could not be written: {e.strerror or e}") from e
-        # No rank may still be writing when another lists the files.
-        self.layout.barrier()
-        mine: dict[str, list[Any]] = {}
-        with self.layout.together("reading a checkpoint back"):
-            mine = self.read_back(name)
-        return self.publish(name, manifest, mine)
-
     def reserve(self, name: str, needed_bytes: int) -> Path:
         """Make the staging folder of a checkpoint, if there is room for it.
 
@@ -275,15 +253,37 @@ class CheckpointFolder:
                 self._prepare(staging, needed_bytes, name)
         return staging
 
-    def read_back(self, name: str) -> dict[str, list[Any]]:
-        """Sizes and digests of the files that this rank has written; no collectives.
+    def read_back(self, name: str, known: Mapping[str, list[Any]] | None = None) -> dict[str, list[Any]]:
+        """Sizes and digests of the files that this rank has written, which are on the disk then; no collectives.
+
+        Args:
+            name: folder name.
+            known: those of some of them, which are not read again.
 
         Raises:
-            CheckpointError: if one cannot be read.
+            CheckpointError: if one cannot be read, or not be flushed.
         """
-        staging = self.staging(name)
+        known = known or {}
+        return {**known, **self._digests(name, [file for file in self._mine(name) if file not in known])}
+
+    @contextlib.contextmanager
+    def reading_back(self, name: str) -> Iterator[Callable[[], dict[str, list[Any]]]]:
+        """A block in whose background this rank's files of before it are flushed and digested; it may read them.
+
+        Yields:
+            What waits for that, and gives what `read_back` does of all files of this rank; it raises alike.
+        """
+        early = self._mine(name)
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(self._digests, name, early)
+            yield lambda: self.read_back(name, found.result())
+
+    def _mine(self, name: str) -> list[str]:
+        return written_by(file_names(self.staging(name)), self.layout.rank)
+
+    def _digests(self, name: str, files: Sequence[str]) -> dict[str, list[Any]]:
         try:
-            return digests(staging, written_by(file_names(staging), self.layout.rank))
+            return digests(self.staging(name), files, flush=True)
         except OSError as e:
             raise CheckpointError(f"checkpoint {name} could not be read back: {e.strerror or e}") from e
 
@@ -302,10 +302,7 @@ class CheckpointFolder:
         files = {key: value for theirs in self.layout.gather_objects(dict(mine)) for key, value in theirs.items()}
         with self.layout.together("publishing a checkpoint"):
             if self.layout.rank == 0:
-                try:
-                    files |= digests(staging, [n for n in file_names(staging) if n not in files])
-                except OSError as e:
-                    raise CheckpointError(f"checkpoint {name} could not be read back: {e.strerror or e}") from e
+                files |= self._digests(name, [n for n in file_names(staging) if n not in files])
                 self._publish(staging, final, manifest, files)
         return final
 

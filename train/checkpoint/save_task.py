@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel.compat import save_without_crc
 from parallel.errors import CheckpointError
 from parallel.sharded_save import SaveInProgress
 from train import random_state
@@ -39,6 +40,7 @@ class SaveTask:
 
     def run(self) -> None:
         """Write this rank's files and read them back; in any thread. A failure is kept for `finish`."""
+        save_without_crc()
         self._save.write()
         try:
             random_state.save(self.folder.staging(self.name) / "rng", self.folder.layout.rank, self._generators)

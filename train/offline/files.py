@@ -81,4 +81,4 @@ def seal_alone(staging: Path, manifest: Manifest) -> None:
         staging: of the new checkpoint, with all of its files.
         manifest: of the new checkpoint.
     """
-    seal(staging, manifest, digests(staging, file_names(staging)))
+    seal(staging, manifest, digests(staging, file_names(staging), flush=True))
