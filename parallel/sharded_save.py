@@ -147,6 +147,9 @@ def begin_save(
             leaf = leaves[i]
             by_key[getattr(leaf, "unique_key", leaf.key)].append(_copied(leaf) if copy else leaf)
         state = mcore_to_pyt_state_dict(by_key, False)
+        if not copy and torch.cuda.is_initialized():
+            # Whoever writes reads on another stream, which does not wait for what was computed on this one.
+            torch.cuda.current_stream().synchronize()
         planner, writer = _planner(), _writer(directory)
         planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=dist.get_rank() == 0)
         writer.set_up_storage_writer(dist.get_rank() == 0, rank=dist.get_rank(), use_collectives=True)

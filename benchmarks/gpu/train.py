@@ -144,10 +144,12 @@ def _measured(
 
 def _kernels(name: str, run: Any) -> Iterator[dict[str, Any]]:
     """Where a step's time on the card goes: how long a kernel was at work, how many there were, the longest by name."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    seen = torch.profiler.supported_activities()
+    # Where there is no such activity there are no kernels: a simulated GPU.
+    with torch.profiler.profile(activities=seen & {torch.profiler.ProfilerActivity.CUDA} or seen) as profile:
         run._one_step()
         synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profile.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
     if not spans:
         yield row(f"{name}: kernels of a step", "not seen by torch's profiler here")

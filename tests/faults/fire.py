@@ -4,6 +4,7 @@ The second kind is where the danger is: between the opening, writing, flushing, 
 interpreter announces to an audit hook. What was going on is read from the stack of the main thread before anything dies.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -54,6 +55,10 @@ class Shot:
     events: int = 0
     seconds: float = 0.0
     since: str = ""
+
+    def sooner(self) -> "Shot":
+        """The same kill in half the time."""
+        return dataclasses.replace(self, events=(self.events + 1) // 2, seconds=self.seconds / 2)
 
 
 def draw_shots(rng: random.Random, ranks: int, events: int, seconds: float) -> Iterator[Shot]:

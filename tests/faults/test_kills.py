@@ -89,19 +89,22 @@ def _campaign(kills: int, seed: int, corpus: Path, folder: Path, *, report: bool
     expected = _outcome(whole)
 
     campaign = _Campaign()
+    missed: Shot | None = None
     while campaign.kills < kills:
         run_dir, told = folder / "run", folder / "told"
         shutil.rmtree(run_dir, ignore_errors=True)
         for _ in range(40):
             before = newest_step(run_dir)
             # The last word of a campaign is a run that nobody disturbs.
-            shot = next(shots) if campaign.kills < kills else never
+            shot = (missed or next(shots)) if campaign.kills < kills else never
             job = (_run(corpus, run_dir), str(run_dir), shot, str(told), report)
             end = run_under_agent(train_under_fire, _RANKS, *job)
             lines = told.read_text().splitlines() if told.exists() else []
             told.unlink(missing_ok=True)
+            missed = None
             if not lines:
-                # The run was over first.
+                # The run was over first: whoever was to die dies in the next, sooner.
+                missed = None if shot is never else shot.sooner()
                 assert [survived.reason for survived in end.results] == ["finished"] * _RANKS, end
                 break
             (line,) = lines
