@@ -114,9 +114,13 @@ def add_gradients_in_products(module: "torch.nn.Module") -> int:
     Returns:
         How many layers were told.
     """
-    layers = [m for m in module.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "fuse_wgrad_accumulation")]
     for layer in layers:
-        layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+        layer.fuse_wgrad_accumulation = True
+        if not layer.config.fp8:
+            # Without 8-bit weights to keep it need not know which micro-batch is the first, in which it would write over the
+            # buffer: CUDA graphs are captured as if it were that one, and each replay would drop what was added before.
+            layer.disable_parameter_transpose_cache = True
     return len(layers)
 
 

@@ -225,8 +225,30 @@ def _with_choices(network: dict[str, Any]) -> dict[str, Any]:
     # Every linear layer that is Transformer Engine's; the output layer is mcore's, which needs Apex for it.
     fused = [m.fuse_wgrad_accumulation for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
     assert len(fused) >= 6 and all(fused) and not chunk.output_layer.gradient_accumulation_fusion
+    assert _told_of_first_micro_batch(chunk) == {None}
     names = ("moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion")
     return {name: getattr(chunk.config, name) for name in (*names, "moe_shared_expert_overlap")}
+
+
+def _told_of_first_micro_batch(chunk: torch.nn.Module) -> set[bool | None]:
+    """What mcore tells fused layers behind the warm-up of a capture; one that hears True writes over the gradient."""
+    import transformer_engine.pytorch as engine
+
+    told: set[bool | None] = set()
+
+    def forward(layer: Any, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
+        told.add(is_first_microbatch)
+        return x
+
+    with (
+        mock.patch.object(engine.Linear, "forward", forward),
+        mock.patch.object(engine.LayerNormLinear, "forward", forward),
+    ):
+        for layer in [m for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]:
+            # As `make_graphed_callables` leaves every module, so that a capture is one of a first micro-batch.
+            layer.is_first_microbatch = True  # type: ignore[assignment]
+            layer(torch.zeros(1))
+    return told
 
 
 @pytest.mark.parametrize("name", ["gqa", "mla"])
