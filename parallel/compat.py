@@ -62,6 +62,10 @@ class _NoFP8:
         """Never."""
         return False
 
+    @staticmethod
+    def reset() -> None:
+        """Nothing is kept."""
+
 
 def _no_context(**unused: Any) -> contextlib.AbstractContextManager[None]:
     """Stands in for Transformer Engine's contexts, which change nothing without 8-bit floats."""
@@ -226,16 +230,20 @@ def gradient_memory(wrapped: Any) -> list[torch.Tensor]:
 
 
 def forget_models() -> None:
-    """Empties what mcore keeps of models outside of them: it is sized by layers, or holds old process groups alive.
+    """Empties what is kept of models outside of them: it is sized by layers, or holds old process groups alive.
 
-    The MoE metrics are global; rotary embeddings are kept, groups and all, by the cache of their own `forward`.
+    The MoE metrics are global; rotary embeddings are kept, groups and all, by the cache of their own `forward`. Delayed
+    scaling reduces the amax of every layer that it has ever seen, over the group of that time: behind a change of layout one
+    that is destroyed. A model in 8 bits must not run again.
     """
     from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import fused_a2a, moe_utils
 
     # Made for the first layer that sends, with its group and number of local experts: after a switch both are others.
     # DeepEP's looks at its group by itself, but keeps the old one alive until then.
     fused_a2a._buffer = fused_a2a._hybrid_ep_buffer = None
+    random.FP8GlobalStateManager.reset()
     for module in (rotary_pos_embedding, yarn_rotary_pos_embedding):
         for cls in vars(module).values():
             forget = getattr(getattr(cls, "forward", None), "cache_clear", None)

@@ -159,9 +159,11 @@ def test_norms_inside_its_linear_layers_are_norms() -> None:
 
 def _extra_state_left_out() -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.tensor_parallel import random
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch import utils as te_utils
     from transformer_engine.pytorch.module import base
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager as Kept
 
     from model.sharded_state import model_state, sharded_leaves
 
@@ -179,9 +181,15 @@ def _extra_state_left_out() -> None:
             module.init_fp8_meta_tensors(recipe)
         module.fp8_meta["scaling_fwd"].scale.fill_(3.0)
         assert module.get_extra_state().numel() > 0
+        module.fp8_meta["fp8_group"] = None
+        Kept.add_fp8_tensors_to_global_buffer(module.fp8_meta)
+    assert Kept.global_amax_buffer
     leaves = [leaf for part in model_state(chunks, layout).values() for _, leaf in sharded_leaves(part)]
     assert leaves and not any(isinstance(leaf, ShardedObject) or "_extra_state" in leaf.key for leaf in leaves)
-    larger = te.built("te", te.NETWORKS["gqa"], layout, experts=8)
+    # As it is bound on a GPU.
+    with mock.patch.object(random, "FP8GlobalStateManager", Kept):
+        larger = te.built("te", te.NETWORKS["gqa"], layout, experts=8)
+    assert not Kept.global_amax_buffer
     for module in larger[0].modules():
         if isinstance(module, base.TransformerEngineBaseModule):
             assert "scaling_fwd" not in module.fp8_meta and not module._fp8_workspaces
