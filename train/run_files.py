@@ -29,8 +29,6 @@ from train.checkpoint.files import refuse_inside
 
 # A request to stop the run, where signals do not reach its ranks.
 STOP_FILE = "stop"
-# What belongs to a published model besides its weights, in a run directory and in an imported checkpoint.
-PUBLISHED = "huggingface"
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o644
 # One for all lines: json.loads would build one per call. NaN, which we never write but others may, reads as null.

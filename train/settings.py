@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from model.config import ModelConfig
 from model.mcore_fields import refuse_values
 from parallel.errors import ConfigError, DataError, nearest, shown
+from train.checkpoint.files import PUBLISHED
 from train.config import RunSettings
-from train.run_files import PUBLISHED
 from train.schema.data import BlendPhase, CorpusWeight
 from train.schema.evaluation import EvaluationSet
 from train.typed import can_be_given, check_value, declared, words

@@ -13,7 +13,7 @@ from model.config import HOW_IT_RUNS, ModelConfig, padded_vocab_size
 from parallel.errors import CheckpointError
 from parallel.layout import Layout
 from parallel.optimizer_ages import NEVER, OptimizerAges
-from train.checkpoint.files import wrong_files
+from train.checkpoint.files import extra_files, wrong_files
 from train.checkpoint.folder import (
     DamagedCheckpoint,
     Manifest,
@@ -129,7 +129,13 @@ def examine(run: "Run", path: Path) -> str | None:
     files, problem = run.layout.from_rank_zero((manifest.files if manifest else {}, problem))
     if problem is not None:
         return str(problem)
-    return damage(run.layout, path, files, run.settings.checkpoint.verify)
+    problem = damage(run.layout, path, files, run.settings.checkpoint.verify)
+    with run.layout.together("looking at the checkpoint's folder"):
+        extra = extra_files(path, files) if run.layout.rank == 0 and problem is None else []
+        if extra:
+            more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+            run.console.say(f"checkpoint {path.name}: not its own files, left unread: {', '.join(extra[:3])}{more}")
+    return problem
 
 
 def damage(layout: Layout, path: Path, files: Mapping[str, Sequence[Any]], level: str) -> str | None:

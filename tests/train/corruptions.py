@@ -55,9 +55,10 @@ def lose(folder: Path, other: Path, rng: random.Random) -> str:
 
 
 def add(folder: Path, other: Path, rng: random.Random) -> str:
-    shard = _pick(folder, rng, ".distcp")
-    shutil.copy(shard, shard.with_name(f"__{rng.randrange(9, 99)}_0.distcp"))
-    return "does not belong to it"
+    """A file that a start would read because it is there; others do no harm (`test_corruption.py`)."""
+    (folder / "huggingface").mkdir()
+    (folder / "huggingface" / rng.choice(["config.json", "tokenizer.json"])).write_text("{}")
+    return "huggingface/.* does not belong to it"
 
 
 def swap_ranks(folder: Path, other: Path, rng: random.Random) -> str:

@@ -1,5 +1,7 @@
 """Checkpoints that are not what was written are passed over by name, or refused; a run never starts from one, nor anew."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -106,7 +108,10 @@ def test_a_run_goes_on_from_the_last_good_one(runs: tuple[Path, Path], corpus: P
     run, other = runs
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    newest, before = list_checkpoints(copy)[:-3:-1]
+    newest, before, good = list_checkpoints(copy)[:-4:-1]
+    # Of nobody's; the load does not see them either.
+    for name in ("tensors/__0_9.distcp", "rng/rank-00002.pt", ".nfs0001"):
+        (good / name).write_text("left behind")
     corruptions.flip_a_bit(newest, other, random.Random(0))
     corruptions.empty_marker(before, other, random.Random(0))
     run_distributed(train_in_turn, 2, [_run(corpus, copy, "run.seed=1")])
@@ -117,6 +122,35 @@ def test_a_run_goes_on_from_the_last_good_one(runs: tuple[Path, Path], corpus: P
     assert (
         read_manifest(list_checkpoints(copy)[-1]).fingerprints == read_manifest(list_checkpoints(run)[-1]).fingerprints
     )
+
+
+def _said(overrides: list[str]) -> tuple[str, str]:
+    """Where a run would start from, and what it says of that."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        ((start, skipped),) = _starts(overrides, [overrides[-1].removeprefix("run.dir=")])
+    assert not skipped
+    return str(start), said.getvalue()
+
+
+def test_files_that_others_left_do_no_harm(runs: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
+    """What file systems and people leave in a checkpoint's folder is neither read nor sealed into the next one."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs[0], copy)
+    newest = list_checkpoints(copy)[-1]
+    whole = file_names(newest)
+    (newest / ".snapshot" / "hourly").mkdir(parents=True)
+    for name in (".nfs0001", "tensors/.nfs0002", "rng/.rank-00000.pt.swp", ".snapshot/hourly/complete.json"):
+        (newest / name).write_text("left behind")
+    assert file_names(newest) == whole and "tensors/.metadata" in whole
+    words = [*_run(corpus, copy, "parallel.expert=1"), f"run.dir={copy}"]
+    assert "not its own" not in run_distributed(_said, 1, words)[0][1]
+    # Two that a reader by pattern would take for its own, and two of somebody's.
+    strays = ["notes.txt", "rng/rank-00009.pt", "tensors/__9_0.distcp", "tensors/notes.txt"]
+    for name in strays:
+        (newest / name).write_text("left behind")
+    start, said = run_distributed(_said, 1, words)[0]
+    assert start == newest.name
+    assert f"checkpoint {newest.name}: not its own files, left unread: {', '.join(strays[:3])} and 1 more\n" in said
 
 
 def test_nothing_whole_is_no_fresh_start(runs: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:

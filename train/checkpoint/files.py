@@ -3,13 +3,15 @@
     manifest.json    lists every other file with its size and SHA-256
     complete.json    the SHA-256 of manifest.json; written last, removed first: without it nothing counts
 
-A file that was cut, flipped, swapped, lost, added or taken from elsewhere is found before anything is loaded from it.
+A file that was cut, flipped, swapped, lost or taken from elsewhere is found before anything is loaded from it. One that is
+not listed is none of the checkpoint's, and nothing reads it: editors and file systems leave some behind.
 """
 
 import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,8 +25,14 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MARKER = "complete.json"
+# What belongs to a published model besides its weights, in a run directory and in an imported checkpoint.
+PUBLISHED = "huggingface"
 # Names that say which rank wrote a file: tensors of torch_dist, and generator states.
 _RANK = re.compile(r"(?:__|rank-)0*(\d+)(?:_\d+)*\.(?:distcp|pt)$")
+# Torch's index of the tensors: the one file of a checkpoint that has a hidden name.
+_INDEX = ".metadata"
+# What is read where it is found, listed or not.
+_READ_IF_THERE = ("tensors/common.pt", f"{PUBLISHED}/")
 _READ_BYTES = 1 << 22
 _FOLDER = re.compile(r"step-(\d{8})(?:-stage(\d+))?$")
 
@@ -36,9 +44,36 @@ def place_of(folder: Path) -> tuple[int, int] | None:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Every file of a checkpoint but the two that seal it, relative to its folder, sorted."""
-    found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    """Every file in a checkpoint's folder but the two that seal it, relative to it, sorted.
+
+    Hidden ones are left out, such as `.nfs...` and `.snapshot` of file systems, which come and go by themselves.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    names = []
+    for root, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [Path(root, name) for name in files if name == _INDEX or not name.startswith(".")]
+    found = (path.relative_to(folder).as_posix() for path in names)
     return sorted(name for name in found if name not in (MANIFEST, MARKER))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def extra_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Files that lie in a checkpoint's folder and are not its own; nothing reads them.
+
+    Args:
+        folder: of the checkpoint.
+        files: as its manifest lists them.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    return [name for name in file_names(folder) if name not in files]
 
 
 def written_by(names: Iterable[str], rank: int) -> list[str]:
@@ -124,7 +159,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def refuse_inside(option: str, path: Path) -> None:
-    """Refuse to write inside a complete checkpoint: a file that does not belong to it makes it one that nothing loads.
+    """Refuse to write inside a complete checkpoint: it is retired with all that lies in it.
 
     Args:
         option: the key or option that names the place, for the message.
@@ -176,18 +211,26 @@ def wrong_files(
         return f"{e.filename or folder} cannot be read ({e.strerror})"
 
 
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None if there is none."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 def _wrong_files(folder: Path, files: Mapping[str, Sequence[Any]], level: str, part: tuple[int, int]) -> str | None:
-    here = file_names(folder)
+    found = {name: _size(folder / name) for name in files}
     for name in files:
-        if name not in here:
+        if found[name] is None:
             return f"{name} is missing"
-    for name in here:
-        if name not in files:
+    for name in extra_files(folder, files):
+        if name.startswith(_READ_IF_THERE):
             return f"{name} does not belong to it"
     for name, (size, _) in files.items():
-        found = (folder / name).stat().st_size
-        if found != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
+        if found[name] != size:
+            return f"{name} has {found[name]:,} bytes instead of {size:,}"
     if level != "digests":
         return None
     mine = sorted(files, key=lambda name: (-int(files[name][0]), name))[part[0] :: part[1]]

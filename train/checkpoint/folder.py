@@ -374,7 +374,8 @@ class CheckpointFolder:
 
 def _deny_others(folder: Path) -> None:
     """Keep what the ranks have written from being written to by everybody, whatever their umask."""
-    for path in (folder, *folder.rglob("*")):
+    files = [folder / name for name in file_names(folder)]
+    for path in {folder, *(file.parent for file in files), *files}:
         mode = path.stat().st_mode
         if mode & stat.S_IWOTH:
             path.chmod(stat.S_IMODE(mode) & ~stat.S_IWOTH)
@@ -389,5 +390,5 @@ def free_name(path: Path, mark: str) -> Path:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    """Bytes of all files of a checkpoint."""
+    return sum((path / name).stat().st_size for name in (*file_names(path), MANIFEST, MARKER))

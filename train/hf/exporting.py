@@ -25,10 +25,10 @@ from parallel.errors import CheckpointError, ConfigError
 from parallel.regions import pieces_of
 from parallel.sharded_load import require_complete
 from parallel.stream_files import StoredTensors
+from train.checkpoint.files import PUBLISHED as KEPT
 from train.checkpoint.files import wrong_files
 from train.checkpoint.folder import Manifest, need_space, read_manifest
 from train.offline.files import staged
-from train.run_files import PUBLISHED as KEPT
 from upcycle.course import Entry, require_released
 
 Say = Callable[[str], None]

@@ -19,10 +19,10 @@ from parallel.compat import versions
 from parallel.regions import first_element
 from parallel.sharded_load import mark_complete
 from parallel.stream_files import TensorWriter, pieces
+from train.checkpoint.files import PUBLISHED as KEPT
 from train.checkpoint.folder import Manifest, need_space
 from train.config import RunSettings
 from train.offline.files import seal_alone, staged
-from train.run_files import PUBLISHED as KEPT
 from train.schema.run import RunConfig
 from train.settings import settings_to_dict
 from train.start import model_identity

@@ -20,11 +20,11 @@ from model.config import HF_PREFIX, ModelConfig, padded_vocab_size
 from model.hf.registry import family_of
 from model.hf.source import CONFIG, TOKENIZER_FILES, carry_over, read_config
 from parallel.errors import CheckpointError, ConfigError, DataError
+from train.checkpoint.files import PUBLISHED as KEPT
 from train.checkpoint.files import is_sealed
 from train.checkpoint.folder import DamagedCheckpoint, Manifest, belongs_to, list_checkpoints, read_manifest, resolve
 from train.config import RunSettings
 from train.data.tokenizers import tokens_digest
-from train.run_files import PUBLISHED as KEPT
 
 if TYPE_CHECKING:
     from train.run import Run

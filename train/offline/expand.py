@@ -329,7 +329,7 @@ def expand_offline(
     check_plan(plan, source)
     with staged(output) as staging:
         grown = plan.experts_after / plan.experts_before
-        size = sum(f.stat().st_size for f in (source.path / "tensors").iterdir())
+        size = sum(size for name, (size, _) in old.files.items() if name.startswith("tensors/"))
         need_space(staging, int(size * grown), "the checkpoint", output=output)
         found = stream_expand(
             source.path / "tensors", staging / "tensors", plan, old.experts, chunk_bytes=chunk_bytes, say=say

@@ -13,11 +13,11 @@ from typing import Any
 from model.hf.source import CONFIG
 from parallel.errors import ConfigError
 from parallel.optimizer_ages import OptimizerAges
+from train.checkpoint.files import PUBLISHED
 from train.checkpoint.folder import Manifest, need_space
 from train.config import RunSettings
 from train.offline.expand import read_source, settings_of
 from train.offline.files import carry_over_files, seal_alone, staged
-from train.run_files import PUBLISHED
 from train.settings import settings_to_dict
 from train.start import model_identity
 from train.switch import aged
