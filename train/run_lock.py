@@ -1,4 +1,7 @@
-"""One job at a time on a run directory: a lock that the system gives back whenever the process ends, however it ends."""
+"""One job at a time on a run directory, one command at a time on a folder that is being written.
+
+By a lock that the system gives back whenever the process ends, however it ends.
+"""
 
 import errno
 import fcntl
@@ -15,6 +18,42 @@ from train.run_files import refuse_open_folder
 LOCK = "lock"
 # The file system has no locks; two jobs are then the user's care.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class Held(Exception):
+    """Another process holds a lock; the message says which."""
+
+
+def hold(path: Path) -> IO[str] | None:
+    """Take the lock of a file, which is made for it, until the file that is returned is closed or the process ends.
+
+    Returns:
+        The open file; None where the file system has no locks.
+
+    Raises:
+        Held: if another process has it.
+        OSError: if the file cannot be written.
+    """
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 - held open on purpose
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            if e.errno in _UNSUPPORTED:
+                return None
+            raise Held(_who(holder)) from None
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        # Whoever held it has removed it just now: it keeps nobody off any more.
+        file.close()
+    file.truncate(0)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}))
+    file.flush()
+    return file
 
 
 def lock_run(run_dir: Path) -> IO[str] | None:
@@ -34,25 +73,13 @@ def lock_run(run_dir: Path) -> IO[str] | None:
         if not os.access(run_dir, os.W_OK):
             # The lock of an earlier job can still be opened there; nothing else can be made.
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        file = open(path, "a+")  # noqa: SIM115 - held open on purpose
+        return hold(path)
+    except Held as e:
+        raise LaunchError(
+            f"run.dir={run_dir} is in use by {e}: wait for it, stop it, or choose another run.dir"
+        ) from None
     except OSError as e:
         raise DataError(f"{path}: cannot write ({e.strerror}): choose another run.dir") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        file.seek(0)
-        holder = file.read()
-        file.close()
-        if e.errno in _UNSUPPORTED:
-            return None
-        raise LaunchError(
-            f"run.dir={run_dir} is in use by {_who(holder)}: wait for it, stop it, or choose another run.dir"
-        ) from None
-    file.truncate(0)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}))
-    file.flush()
-    return file
 
 
 def _who(holder: str) -> str:

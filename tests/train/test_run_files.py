@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parallel.errors import CheckpointError, DataError
+from parallel.errors import CheckpointError, DataError, LaunchError
 from train.checkpoint.folder import _deny_others
 from train.run_files import RunFiles, make_directory, raw_lines, refuse_open_folder
 from train.run_lock import lock_run
@@ -253,7 +253,7 @@ def test_a_checkpoint_is_published_writable_by_nobody_else(tmp_path: Path) -> No
 
 
 def test_nothing_is_begun_inside_a_checkpoint(tmp_path: Path) -> None:
-    """A file more, and nothing would load it again."""
+    """It would go when the checkpoint is retired."""
     from train.offline.files import staged
 
     (tmp_path / "complete.json").write_text("{}")
@@ -264,6 +264,32 @@ def test_nothing_is_begun_inside_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--output=.*lies in"), staged(tmp_path / "export"):
         pass
     assert sorted(tmp_path.iterdir()) == here
+
+
+def test_one_command_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    """The second is refused and leaves the first alone; what a kill leaves behind keeps nobody off."""
+    from train.offline.files import staged
+
+    output = tmp_path / "deep" / "export"
+    with staged(output) as staging:
+        (staging / "part").write_text("of the first")
+        with (
+            pytest.raises(LaunchError, match=rf"--output {output} is being written by process {os.getpid()} on .*wait"),
+            staged(output),
+        ):
+            pass
+        with staged(tmp_path / "deep" / "other"):
+            pass
+    assert (output / "part").read_text() == "of the first"
+    assert sorted(p.name for p in output.parent.iterdir()) == ["export", "other"]
+    (tmp_path / ".new.lock").write_text('{"pid": 1, "host": "gone", "since": "long ago"}')
+    (tmp_path / "new.partial").mkdir()
+    with staged(tmp_path / "new"):
+        pass
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space"), staged(tmp_path / "new"):
+        # Full, or gone: whoever comes next is not kept off.
+        raise OSError(28, "No space left on device")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "new"]
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, LaunchError
 from train.checkpoint.files import digests, file_names, refuse_inside, seal
 from train.checkpoint.folder import Manifest
+from train.run_lock import Held, hold
 
 
 @contextlib.contextmanager
@@ -27,27 +28,56 @@ def staged(output: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: if there is something already, or the disk fails.
+        LaunchError: if another command is writing the same.
     """
     output = output.absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
+    _refuse_used(output)
     refuse_inside("--output", output)
     staging = output.with_name(f"{output.name}.partial")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True, mode=0o700)
-        yield staging
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
-    except BaseException as e:
-        # A full disk needs the room.
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(e, OSError):
-            raise CheckpointError(
-                f"--output {output} cannot be written ({e.strerror or e}): choose another folder"
-            ) from None
-        raise
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(output):
+            # Another command may have ended just now.
+            _refuse_used(output)
+            try:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(mode=0o700)
+                yield staging
+                if output.exists():
+                    output.rmdir()
+                staging.rename(output)
+            except BaseException:
+                # A full disk needs the room.
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+    except OSError as e:
+        raise CheckpointError(
+            f"--output {output} cannot be written ({e.strerror or e}): choose another folder"
+        ) from None
+
+
+def _refuse_used(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"--output {output} exists and is not empty: choose another folder")
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other commands off what is written as `output`."""
+    path = output.with_name(f".{output.name}.lock")
+    try:
+        lock = hold(path)
+    except Held as e:
+        raise LaunchError(
+            f"--output {output} is being written by {e}: wait for it, stop it, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        # While it is held, so that nobody takes it for one that keeps others off.
+        path.unlink(missing_ok=True)
+        if lock is not None:
+            lock.close()
 
 
 def carry_over_files(
