@@ -5,7 +5,7 @@ their order. The loss of the first one is the run's validation loss: what the gu
 what a single number hides: a model that gets better at its new domain while it forgets what it knew.
 
     sets = open_sets(settings.evaluation, settings.data, corpora)       # before any process group: refuses by name
-    evaluation = Evaluation(sets, settings.data, tokenizer, seed, cache)
+    evaluation = Evaluation(sets, settings.data, tokenizer, seed, cache, records=layout.rank == 0)
     evaluate(run)                                                       # between two steps; recorded
 
 Which samples a set has follows from its corpus, the seed of the run's data and the number of batches: not from the layout,
@@ -186,15 +186,23 @@ class Evaluation:
         tokenizer: of all of them.
         seed: of the shuffles, that of the run's data.
         cache: folder for mcore's index files, shared by all ranks.
+        records: whether this rank is the one that writes there.
     """
 
     def __init__(
-        self, sets: Sequence[ValidationSet], data: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path
+        self,
+        sets: Sequence[ValidationSet],
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        cache: Path,
+        *,
+        records: bool,
     ) -> None:
         self.sets = sets
         # Every token counts here: a run that leaves some out of its loss compares with one that does not.
         self._data = replace(data, mask_boundary_loss=False)
-        self._samples = {opened.name: _build(opened, self._data, tokenizer, seed, cache) for opened in sets}
+        self._samples = {opened.name: _build(opened, self._data, tokenizer, seed, cache, records) for opened in sets}
 
     def batch(self, name: str, number: int, layout: Layout) -> list[Batch]:
         """This rank's micro-batches of a global batch of a set; the same ones at every evaluation."""
@@ -240,7 +248,7 @@ class Evaluation:
         return (total / (opened.batches * micro_batches(self._data, layout) * layout.data_size)).item()
 
 
-def _build(opened: ValidationSet, data: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Any:
+def _build(opened: ValidationSet, data: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path, records: bool) -> Any:
     """The samples of a set, drawn once; collective."""
     paths = [str(m.path(opened.split)) for _, m in opened.corpora]
     weights = [part.weight for part, _ in opened.corpora] if len(paths) > 1 else None
@@ -248,7 +256,7 @@ def _build(opened: ValidationSet, data: DataConfig, tokenizer: Tokenizer, seed: 
     # In mcore's slot for validation, whichever split of the corpus it is.
     config = dataset_config(data, tokenizer, seed, [None, (paths, weights), None], fingerprint, cache)
     samples = [0, opened.batches * data.global_batch_size, 0]
-    with built(cache):
+    with built(cache, records=records):
         return BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()[1]
 
 
@@ -281,7 +289,8 @@ def open_evaluation(run: "Run") -> Evaluation:
     data = run.settings.data
     with run.layout.together("opening the validation sets"):
         sets = open_sets(run.settings.evaluation, data, run.corpora)
-    return Evaluation(sets, data, run.data.tokenizer, run.data.seed, run.files.run_dir / "cache")
+    cache, records = run.files.run_dir / "cache", run.layout.rank == 0
+    return Evaluation(sets, data, run.data.tokenizer, run.data.seed, cache, records=records)
 
 
 def evaluate(run: "Run") -> Evaluated | None:

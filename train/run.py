@@ -199,7 +199,10 @@ class Run:
         data, here = self.settings.data, self.position(manifest)
         with self.layout.together("looking at the index of the samples"):
             if self.layout.rank == 0 and (broken := drop_broken(self.files.run_dir / "cache")):
-                self.console.say(f"index files that were not whole are made again: {', '.join(broken)}")
+                more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+                self.console.say(
+                    f"index files that are not what was written are made again: {', '.join(broken[:3])}{more}"
+                )
         order = self._order_of(self.settings, self.persistence.known_blends(manifest), here)
         self.data = DataStream(
             data,

@@ -22,7 +22,7 @@ from train.corpus.__main__ import main
 from train.corpus.build import CorpusRequest, build_corpus
 from train.corpus.sources import find_sources
 from train.corpus.splits import LEFT_OUT, VALID, assign_splits, scan
-from train.data.index_files import built, drop_broken
+from train.data.index_files import RECORD, built, drop_broken
 from train.data.manifest import CorpusManifest, load_manifest
 from train.data.tokenizers import train_bpe
 
@@ -117,19 +117,41 @@ def test_mcore_gpt_dataset_serves_the_documents(tmp_path: Path, texts: dict[str,
             assert dataset[i]["labels"].tolist() == stream[start + 1 : start + 33]
 
 
-def test_an_index_that_a_killed_job_left_half_written_is_made_again(tmp_path: Path, texts: dict[str, str]) -> None:
+def test_an_index_that_is_not_what_was_written_is_made_again(tmp_path: Path, texts: dict[str, str]) -> None:
+    """Cut by a kill, or with other contents, which would be another order of the data and nothing else."""
     manifest, cache = build(tmp_path), tmp_path / "cache"
-    train, _ = gpt_datasets(manifest, cache, 32)
-    wanted = [sample["tokens"].tolist() for sample in train]
+
+    def samples() -> list[list[int]]:
+        train, _ = gpt_datasets(manifest, cache, 32)
+        return [sample["tokens"].tolist() for sample in train]
+
+    def made_again() -> list[str]:
+        dropped = drop_broken(cache)
+        with built(cache, records=True):
+            assert samples() == wanted
+        return dropped
+
+    with built(cache, records=True):
+        wanted = samples()
     assert drop_broken(cache) == [] == drop_broken(tmp_path / "nowhere")
     cut, empty = (next(cache.glob(f"*-train-{name}_index.npy")) for name in ("shuffle", "sample"))
     os.truncate(cut, cut.stat().st_size - 1)
     os.truncate(empty, 0)
     with pytest.raises((ValueError, EOFError)):
         gpt_datasets(manifest, cache, 32)
-    assert drop_broken(cache) == sorted([cut.name, empty.name])
-    train, _ = gpt_datasets(manifest, cache, 32)
-    assert [sample["tokens"].tolist() for sample in train] == wanted
+    assert made_again() == sorted([cut.name, empty.name])
+    assert made_again() == []
+    header, contents = cut.read_bytes()[:128], cut.read_bytes()[128:]
+    for damaged in (bytes(len(contents)), bytes([contents[0] ^ 1]) + contents[1:]):
+        cut.write_bytes(header + damaged)
+        assert samples() != wanted, "mcore has noticed"
+        assert made_again() == [cut.name]
+    # Without a record, as after a kill before it was written, nothing is known of any.
+    every = sorted(path.name for path in cache.glob("*.npy"))
+    for text in ("", "[]", '{"other.npy": [1, "2"]}'):
+        (cache / RECORD).write_text(text)
+        assert made_again() == every
+    assert sorted(json.loads((cache / RECORD).read_text())) == every
 
 
 def test_a_disk_that_refuses_an_index_is_named(tmp_path: Path, texts: dict[str, str]) -> None:
@@ -137,13 +159,13 @@ def test_a_disk_that_refuses_an_index_is_named(tmp_path: Path, texts: dict[str, 
     (tmp_path / "cache").write_text("in the way")
     with (
         pytest.raises(DataError, match="cache: the index of the samples cannot be written or read"),
-        built(tmp_path / "cache"),
+        built(tmp_path / "cache", records=True),
     ):
         gpt_datasets(manifest, tmp_path / "cache", 32)
-    with pytest.raises(DataError, match="No space left on device"), built(tmp_path):
+    with pytest.raises(DataError, match="No space left on device"), built(tmp_path, records=True):
         # As mcore does it on rank 0 of a job.
         raise Exception("Failed to write dataset materials") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(ValueError, match="else"), built(tmp_path):
+    with pytest.raises(ValueError, match="else"), built(tmp_path, records=True):
         raise ValueError("else")
 
 

@@ -112,6 +112,9 @@ def test_a_run_goes_on_from_the_last_good_one(runs: tuple[Path, Path], corpus: P
     # Of nobody's; the load does not see them either.
     for name in ("tensors/__0_9.distcp", "rng/rank-00002.pt", ".nfs0001"):
         (good / name).write_text("left behind")
+    # The order of the data, which no error would tell of.
+    order = next((copy / "cache").glob("*-train-shuffle_index.npy"))
+    order.write_bytes(order.read_bytes()[:128] + bytes(order.stat().st_size - 128))
     corruptions.flip_a_bit(newest, other, random.Random(0))
     corruptions.empty_marker(before, other, random.Random(0))
     run_distributed(train_in_turn, 2, [_run(corpus, copy, "run.seed=1")])

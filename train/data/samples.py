@@ -34,16 +34,25 @@ class TrainingSamples:
         order: of the stream.
         seed: of the shuffles.
         cache: folder for mcore's index files.
+        records: whether this process is the one that writes there (`train/data/index_files.py`).
     """
 
     def __init__(
-        self, config: DataConfig, corpora: Sequence[CorpusManifest], order: SampleOrder, seed: int, cache: Path
+        self,
+        config: DataConfig,
+        corpora: Sequence[CorpusManifest],
+        order: SampleOrder,
+        seed: int,
+        cache: Path,
+        *,
+        records: bool = True,
     ) -> None:
         self.config = config
         self.order = order
         self.seed = seed
         self.tokenizer: Tokenizer = corpora[0].tokenizer()
         self._cache = cache
+        self._records = records
         self._corpora = {manifest.fingerprint: manifest for manifest in corpora}
         # Epochs that are open, by fingerprint and number.
         self._epochs: dict[tuple[str, int], GPTDataset] = {}
@@ -60,7 +69,7 @@ class TrainingSamples:
         blends = [([str(corpus.path("train"))], None), None, None]
         config = dataset_config(self.config, self.tokenizer, seed, blends, fingerprint, self._cache)
         # Without a number of samples mcore makes one epoch.
-        with built(self._cache):
+        with built(self._cache, records=self._records):
             train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
         return train
 

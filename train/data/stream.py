@@ -160,7 +160,8 @@ class DataStream(TrainingSamples):
         layout: Layout,
         cache: Path,
     ) -> None:
-        super().__init__(config, [manifest for _, manifest in corpora], SampleOrder(blends), seed, cache)
+        manifests = [manifest for _, manifest in corpora]
+        super().__init__(config, manifests, SampleOrder(blends), seed, cache, records=layout.rank == 0)
         self.layout = layout
         # Batches are read ahead by one step, off the training thread.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")

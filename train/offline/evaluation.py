@@ -139,7 +139,8 @@ def evaluate_checkpoint(task: Task, cache: Path | None) -> tuple[dict[str, Figur
         layout = Layout.create(settings.parallel, settings.run.seed)
         network = _load(task, layout)
         with _folder(layout, cache) as folder:
-            evaluation = Evaluation(task.sets, settings.data, tokenizer, manifest.data["seed"], folder)
+            seed, records = manifest.data["seed"], layout.rank == 0
+            evaluation = Evaluation(task.sets, settings.data, tokenizer, seed, folder, records=records)
             return evaluation.measure(network, layout, lambda: None), layout.describe()
     finally:
         leave_job(joined)
