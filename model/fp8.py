@@ -74,8 +74,9 @@ def mcore_fields(model: Any) -> dict[str, Any]:
     if model.fp8 == "none":
         return {}
     fields: dict[str, Any] = {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
-    if model.num_experts and model.dispatcher != "allgather":
+    if model.num_experts and model.dispatcher != "allgather" and model.capacity_factor is None:
         # Experts get any number of tokens; the router sends some more, so that each number is one that products take. Under
-        # allgather mcore refuses that, and its experts add rows of zeros by themselves.
+        # allgather mcore refuses that, and with a capacity it writes so into what autograd keeps of the tokens that it
+        # dropped: there its experts add rows of zeros by themselves.
         fields["moe_router_padding_for_quantization"] = True
     return fields

@@ -11,6 +11,7 @@ from parallel.errors import ConfigError
 from tests.distributed import run_distributed
 from train.settings import load_settings
 
+_PADDING = "moe_router_padding_for_quantization"
 _BASE = ["model=tiny", "data.corpus=x", "run.precision=bf16", "model.fp8=hybrid"]
 
 
@@ -37,9 +38,8 @@ def test_without_fp8_any_size_will_do() -> None:
     check_device("none", "mxfp8", (7, 0), "NVIDIA V100")
     assert mcore_fields(ModelConfig()) == {}
     # mcore cannot have the router pad under allgather; the experts do.
-    padding = "moe_router_padding_for_quantization"
-    assert padding in mcore_fields(ModelConfig(fp8="hybrid", dispatcher="alltoall"))
-    assert padding not in mcore_fields(ModelConfig(fp8="hybrid", dispatcher="allgather"))
+    assert _PADDING in mcore_fields(ModelConfig(fp8="hybrid", dispatcher="alltoall"))
+    assert _PADDING not in mcore_fields(ModelConfig(fp8="hybrid", dispatcher="allgather"))
 
 
 def test_a_device_that_cannot_is_told_what_it_can() -> None:
@@ -72,6 +72,30 @@ def _told() -> tuple[str, Any, Any, bool]:
     ):
         made = build.transformer_config(config, 8, layout.config, "bf16", device=layout.device)
     return str(refused.value), made.fp8, made.fp8_recipe, made.moe_router_padding_for_quantization
+
+
+@pytest.mark.parametrize("changes", [{}, {"capacity_factor": 1.5}])
+def test_what_the_router_sends_more_leaves_gradients_as_they_are(changes: dict[str, Any]) -> None:
+    [apart] = run_distributed(_padded, 1, changes)
+    assert apart < 1e-6
+
+
+def _padded(changes: dict[str, Any]) -> float:
+    """How far mcore's padding for 8 bits takes the gradients of a network that computes in fp32."""
+    import copy
+
+    from model.build import moe_parts
+    from tests.model import grown_model as grown
+
+    chunks = grown.build(grown.model_config(**changes), grown.layout_of())
+    expected = grown.gradients_of(chunks)
+    told = mcore_fields(grown.model_config(**changes, fp8="hybrid", fp8_recipe="tensorwise"))
+    for part in moe_parts(chunks):
+        dispatcher = part.layer.token_dispatcher
+        dispatcher.config = copy.copy(dispatcher.config)
+        vars(dispatcher.config).update(told)
+    found = grown.gradients_of(chunks)
+    return max(grown.relative_error(found[name], value) for name, value in expected.items())
 
 
 def test_mcore_is_told_and_refuses_without_transformer_engine() -> None:
