@@ -196,6 +196,10 @@ class _Replay(_Graph):
     def __call__(self, hidden: torch.Tensor, *, is_first_microbatch: bool, attention_mask: Any, **inputs: Any) -> Any:
         assert not self.over
         self.calls += 1
+        for module in self.layer.modules():
+            if hasattr(module, "is_first_microbatch"):
+                # So it is captured, and so every replay is.
+                module.is_first_microbatch = True
         # Transformer Engine's causal attention does not look at the mask; torch's would take it for the whole truth.
         return self.layer._te_cuda_graph_capture(hidden, attention_mask=None, **inputs)
 
