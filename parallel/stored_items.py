@@ -74,7 +74,10 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
         self._file.seek(self._start + self._at)
-        count = self._file.readinto(view) or 0
+        count = 0
+        # The kernel gives at most 2 GiB at a time, and torch takes less than it asked for as the end of the archive.
+        while count < len(view) and (more := self._file.readinto(view[count:])):
+            count += more
         self._at += count
         return count
 

@@ -1,7 +1,9 @@
 """Boxes of stored tensors, read and written one by one; shards cut in any way, and stored out of order."""
 
+import io
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 
+from parallel import stored_items
 from parallel.compat import prepare_megatron
 from parallel.errors import CheckpointError
 from parallel.regions import Box, first_element
@@ -117,6 +120,26 @@ def test_what_is_loaded_in_parts_is_read_once(tmp_path: Path) -> None:
     _write(tmp_path / "whole", tensor, [Box((0, 0, 0), (16, 128, 256))])
     (found,) = run_distributed(_load_in_parts, 1, tmp_path / "whole", tensor)
     assert all(1.0 <= times < 1.2 for times in found.values()), found
+
+
+class _AtMost(io.FileIO):
+    """Gives less at a time than is asked for, as the kernel does beyond 2 GiB."""
+
+    def readinto(self, buffer: Any) -> int:
+        return super().readinto(memoryview(buffer).cast("B")[:1000])
+
+
+def test_a_tensor_of_more_bytes_than_one_read_gives_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.randn(16, 128, 256)
+    _write(tmp_path / "large", tensor, [Box((0, 0, 0), (16, 128, 256))])
+    monkeypatch.setattr(stored_items, "open", lambda path, *_, **__: _AtMost(path), raising=False)
+    with StoredTensors(tmp_path / "large") as stored:
+        # In short stretches, so that all of it is read, and in one.
+        for box in (Box((0, 0, 3), (16, 128, 2)), Box((2, 0, 0), (3, 128, 256))):
+            expected = tensor[tuple(slice(first, first + count) for first, count in zip(*box, strict=True))]
+            assert torch.equal(stored.read("t", box), expected)
 
 
 def test_a_part_of_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:
