@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from model.attention_backend import refuse_other_attention
 from model.build import config_anywhere, transformer_config
 from parallel.errors import ConfigError
 from parallel.machine import Machine, machines_to_be
@@ -28,8 +29,9 @@ def refuse_unbuildable(settings: RunSettings, world_size: int) -> None:
         world_size: processes of the job.
 
     Raises:
-        ConfigError: naming the stage, in mcore's words where it is mcore that refuses.
+        ConfigError: naming the stage, in mcore's words where it is mcore that refuses; or a variable of the environment.
     """
+    refuse_other_attention(settings.model)
     machines = machines_to_be(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     for number, key in _stages(settings):
         refused: list[ConfigError] = []

@@ -2,8 +2,11 @@
 
 import dataclasses
 import importlib
+import itertools
 import logging
+import os
 import random
+import types
 import typing
 import warnings
 from typing import Any
@@ -12,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+from model.attention_backend import refuse_other_attention
 from model.config import ModelConfig
 from parallel.compat import quiet_megatron
 from parallel.errors import ConfigError
@@ -183,6 +187,42 @@ def test_values_reach_mcore_in_the_form_that_it_declares() -> None:
     assert values == {**passed, "attention_backend": AttnBackend.flash, "window_size": (4, 0)}
     # mcore writes into lists of its config.
     assert values["cp_comm_type"] is not passed["cp_comm_type"]
+
+
+def test_an_environment_that_contradicts_the_attention_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly where mcore would assert while it builds the network."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.transformer.enums import AttnBackend
+
+    names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+    refused = 0
+    for backend, *values in itertools.product(AttnBackend, *3 * [(None, "0", "1")]):
+        told = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        config = types.SimpleNamespace(attention_backend=backend, flash_attention_version=None)
+        mine = theirs = False
+        with mock.patch.dict(os.environ, told):
+            try:
+                refuse_other_attention(ModelConfig(mcore={"attention_backend": backend.name}))
+            except ConfigError:
+                mine = True
+            try:
+                LanguageModule._set_attention_backend(types.SimpleNamespace(config=config))
+            except AssertionError:
+                theirs = True
+        assert mine == theirs, (backend, told)
+        refused += mine
+    # Of 27 environments eight suit each backend: every variable as it wants it, or unset.
+    assert refused == len(AttnBackend) * (27 - 8)
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    settings = load_settings(_PLAIN, 2)
+    told = r"^NVTE_FLASH_ATTN=0 in the environment contradicts model\.mcore\.attention_backend=auto, for which .* sets it to 1: "
+    with pytest.raises(ConfigError, match=told + "unset NVTE_FLASH_ATTN, or use .*=fused or unfused or local$"):
+        refuse_unbuildable(settings, 2)
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "yes")
+    with pytest.raises(ConfigError, match=r"unset NVTE_FLASH_ATTN, NVTE_FUSED_ATTN$"):
+        refuse_unbuildable(settings, 2)
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "1")
+    refuse_unbuildable(load_settings([*_PLAIN, "+model.mcore.attention_backend=fused"], 2), 2)
 
 
 def test_a_gpu_of_unknown_kind_is_given_the_benefit_of_the_doubt() -> None:
