@@ -1,6 +1,7 @@
 """Plans the live switch of a cluster that is not there: how long planning takes, what it must know, what crosses which link.
 
     python benchmarks/simulated_switch.py                      # 1,024 ranks, 61 layers, 256 -> 512 experts, EP 64 -> 128
+    python benchmarks/simulated_switch.py --ranks 512 --pipeline 1 --expert-after 64 --separate
     python benchmarks/simulated_switch.py --ranks 64 --pipeline 1 --layers 12 --experts 64 --expert 32 --expert-after 64
 
 Nothing is moved. Every rank's holdings come from arithmetic (`parallel/cluster.py`), the plan from the planner of the
@@ -9,6 +10,7 @@ are assumptions, not measurements: see docs/live-switch.md.
 """
 
 import argparse
+import collections
 import json
 import math
 import pickle
@@ -25,14 +27,22 @@ from model.holdings import wave_of
 from parallel.cluster import LogicalTensor, describe_rank
 from parallel.config import ParallelConfig
 from parallel.reshard_plan import Holdings, plan_rank, traffic
+from parallel.telling import announce, choose_speakers, put_together
 from train.expansion import homes
 from upcycle.placement import place
 
 RESULTS = Path(__file__).parent / "results" / "simulated_switch.json"
 
 
-def deepseek_like(layers: int, experts: int, pipeline: int) -> list[LogicalTensor]:
-    """Parameters of a network of DeepSeek-V3's shape (arXiv 2412.19437, section 4.2), in module order; bf16 weights."""
+def deepseek_like(layers: int, experts: int, pipeline: int, separate: bool) -> list[LogicalTensor]:
+    """Parameters of a network of DeepSeek-V3's shape (arXiv 2412.19437, section 4.2), in module order; bf16 weights.
+
+    Args:
+        layers: of the network; the first three are dense.
+        experts: per layer.
+        pipeline: stages, over which layers are spread.
+        separate: whether every expert is a parameter of its own.
+    """
     hidden, ffn, expert_ffn, dense_first = 7168, 18432, 2048, 3
     found = [LogicalTensor("embedding.word_embeddings.weight", (129280, hidden), 2)]
     for layer in range(layers):
@@ -58,8 +68,22 @@ def deepseek_like(layers: int, experts: int, pipeline: int) -> list[LogicalTenso
         if layer >= dense_first:
             prefix = f"{name}mlp.experts.experts."
             found += [
-                LogicalTensor(f"{prefix}linear_fc1.weight", (experts, 2 * expert_ffn, hidden), 2, stage, expert=True),
-                LogicalTensor(f"{prefix}linear_fc2.weight", (experts, hidden, expert_ffn), 2, stage, expert=True),
+                LogicalTensor(
+                    f"{prefix}linear_fc1.weight",
+                    (experts, 2 * expert_ffn, hidden),
+                    2,
+                    stage,
+                    expert=True,
+                    separate=separate,
+                ),
+                LogicalTensor(
+                    f"{prefix}linear_fc2.weight",
+                    (experts, hidden, expert_ffn),
+                    2,
+                    stage,
+                    expert=True,
+                    separate=separate,
+                ),
             ]
     found.append(LogicalTensor("output_layer.weight", (129280, hidden), 2, pipeline - 1))
     return found
@@ -97,8 +121,8 @@ def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str
     world, small, large = options.ranks, options.experts, options.experts * options.factor
     before = ParallelConfig(pipeline=options.pipeline, expert=options.expert)
     after = ParallelConfig(pipeline=options.pipeline, expert=options.expert_after)
-    old_tensors = deepseek_like(options.layers, small, options.pipeline)
-    new_tensors = deepseek_like(options.layers, large, options.pipeline)
+    old_tensors = deepseek_like(options.layers, small, options.pipeline, options.separate)
+    new_tensors = deepseek_like(options.layers, large, options.pipeline, options.separate)
     old: dict[int, Holdings] = {r: describe_rank(r, world, before, old_tensors) for r in range(world)}
     new: dict[int, Holdings] = {r: describe_rank(r, world, after, new_tensors) for r in range(world)}
     rng = random.Random(0)
@@ -116,12 +140,22 @@ def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str
             return None
         return parents[key[key.index("layers.") : key.index("mlp.")]]
 
-    metadata = sum(len(pickle.dumps((old[r], new[r]), protocol=pickle.HIGHEST_PROTOCOL)) for r in range(world))
+    told = [announce((old[r], new[r]), lambda key: (wave_of(key)[:1], rows(key) is None)) for r in range(world)]
+    packed = {digest: blob for _, theirs in told for digest, blob in theirs.items()}
+    sizes = [{digest: len(blob) for digest, blob in theirs.items()} for _, theirs in told]
+    speakers = choose_speakers(sizes)
+    loads: collections.Counter[int] = collections.Counter()
+    for digest, rank in speakers.items():
+        loads[rank] += len(packed[digest])
+    # Messages of a collective of objects are as long as the longest of them.
+    first = max(len(pickle.dumps(([*digests], s))) for (digests, _), s in zip(told, sizes, strict=True))
+    metadata = world * (first + max(loads.values()))
     sample = sorted({0, 1, world // 3, world // 2, world - 1})
     seconds = []
     for rank in sample:
         began = time.perf_counter()
-        plan_rank(rank, old, new, rows, wave_of, options.ranks_per_node)
+        before_all, after_all = put_together([digests for digests, _ in told], packed)
+        plan_rank(rank, before_all, after_all, rows, wave_of, options.ranks_per_node)
         seconds.append(time.perf_counter() - began)
     pairs = traffic(old, new, rows, options.ranks_per_node)
     crossing = sum(n for (a, b), n in pairs.items() if a // options.ranks_per_node != b // options.ranks_per_node)
@@ -164,6 +198,7 @@ def main() -> None:
     parser.add_argument("--factor", type=int, default=2)
     parser.add_argument("--expert", type=int, default=64, help="expert-parallel size before")
     parser.add_argument("--expert-after", type=int, default=128, help="expert-parallel size after")
+    parser.add_argument("--separate", action="store_true", help="experts one by one, as Transformer Engine has them")
     parser.add_argument("--nvlink-gbps", type=float, default=300.0, help="GB/s per GPU and direction inside a node")
     parser.add_argument("--network-gbps", type=float, default=40.0, help="GB/s per GPU and direction between nodes")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -55,6 +55,7 @@ class LogicalTensor:
         expert: whether it belongs to routed experts.
         split: axis that tensor (or expert-tensor) parallelism divides; None for a copy on every rank.
         halves: 2 where gate and up are stacked along the split axis and divided each for itself.
+        separate: whether every expert is a parameter of its own, as Transformer Engine and mcore's SequentialMLP have it.
     """
 
     key: str
@@ -64,6 +65,7 @@ class LogicalTensor:
     expert: bool = False
     split: int | None = None
     halves: int = 1
+    separate: bool = False
 
 
 class _Piece(NamedTuple):
@@ -74,16 +76,26 @@ class _Piece(NamedTuple):
     first: int
 
 
-def _pieces(tensor: LogicalTensor, at: Coordinates, config: ParallelConfig) -> tuple[int, list[_Piece]]:
-    """Local elements of a parameter, and its blocks."""
+def _parameters(
+    tensor: LogicalTensor, at: Coordinates, config: ParallelConfig
+) -> Iterator[tuple[LogicalTensor, int, list[_Piece]]]:
+    """The parameters that a rank has of a tensor, with their elements and blocks."""
     offset, shape = [0] * len(tensor.shape), list(tensor.shape)
     if tensor.expert:
         shape[0] //= config.expert
         offset[0] = at.expert * shape[0]
+    rows = 1 if tensor.separate else shape[0]
+    for first in range(0, shape[0], rows):
+        yield tensor, *_pieces(tensor, [offset[0] + first, *offset[1:]], [rows, *shape[1:]], at, config)
+
+
+def _pieces(
+    tensor: LogicalTensor, offset: list[int], shape: list[int], at: Coordinates, config: ParallelConfig
+) -> tuple[int, list[_Piece]]:
+    """Local elements of a parameter, and its blocks; where it lies and its extent before tensor parallelism."""
     size, index = (config.expert_tensor, at.expert_tensor) if tensor.expert else (config.tensor, at.tensor)
-    if tensor.split is None or size == 1:
-        strides = _strides(shape)
-        return math.prod(shape), [_Piece(Box(tuple(offset), tuple(shape)), strides, 0)]
+    if tensor.split is None or (size == 1 and tensor.halves == 1):
+        return math.prod(shape), [_Piece(Box(tuple(offset), tuple(shape)), _strides(shape), 0)]
     axis = tensor.split
     part = shape[axis] // tensor.halves
     local = [*shape[:axis], shape[axis] // size, *shape[axis + 1 :]]
@@ -148,18 +160,24 @@ def describe_rank(
     families = [(False, True)] if shared else [(False,), (True,)]
     for kinds in families:
         mine = [t for t in tensors if t.expert in kinds and t.stage == at.pipeline]
-        local = [_pieces(t, at, config) for t in mine]
-        for tensor, (_, pieces) in zip(mine, local, strict=True):
-            held[f"weight/{tensor.key}"] = Holding(tensor.itemsize, tuple(p.box for p in pieces))
-        sizes = [numel for numel, _ in local]
+        local = [parameter for t in mine for parameter in _parameters(t, at, config)]
+        for tensor, _, pieces in local:
+            _hold(held, f"weight/{tensor.key}", tensor.itemsize, [p.box for p in pieces])
+        sizes = [numel for _, numel, _ in local]
         ranks = data_ranks if False in kinds else expert_ranks
         index = at.data * config.context + at.context if False in kinds else at.expert_data
         owned = zero1_range(sizes, ranks, index) if distributed else ((i, 0, n) for i, n in enumerate(sizes))
         for i, start, stop in owned:
-            boxes = [box for piece in local[i][1] for box in _owned_boxes(piece, start, stop)]
+            boxes = [box for piece in local[i][2] for box in _owned_boxes(piece, start, stop)]
             for state in STATES:
-                held[f"{state}/{mine[i].key}"] = Holding(STATE_BYTES, tuple(boxes))
+                _hold(held, f"{state}/{local[i][0].key}", STATE_BYTES, boxes)
     return held
+
+
+def _hold(held: dict[str, Holding], key: str, itemsize: int, boxes: list[Box]) -> None:
+    """Add boxes to what is held of a tensor."""
+    known = held[key].boxes if key in held else ()
+    held[key] = Holding(itemsize, (*known, *boxes))
 
 
 def _owned_boxes(piece: _Piece, start: int, stop: int) -> Iterator[Box]:

@@ -11,6 +11,7 @@ from typing import Protocol
 from parallel.layout import Layout
 from parallel.reshard import State, execute
 from parallel.reshard_plan import Holding, Rows, Wave, least_bytes, plan_rank
+from parallel.telling import tell
 from parallel.transport import GroupTransport
 
 # Smallest message worth its latency, whatever the number of peers.
@@ -77,11 +78,12 @@ def redistribute(
     Raises:
         ExpansionError: on all ranks, if the states do not fit together, a rank fails, or a peer is gone.
     """
-    told = layout.gather_objects((old.holdings(), new.holdings()))
-    olds, news = dict(enumerate(o for o, _ in told)), dict(enumerate(n for _, n in told))
+    mine = old.holdings(), new.holdings()
+    # Weights and moments by turns, experts' apart: ranks have one of them alike without the others.
+    olds, news = tell(mine, lambda key: (wave_of(key)[:1], rows(key) is None), layout)
     with layout.together("planning the move of the training state"):
         plan = plan_rank(layout.rank, olds, news, rows, wave_of, layout.ranks_per_node)
-        least = least_bytes(olds, {layout.rank: news[layout.rank]}, rows)
+        least = least_bytes({layout.rank: mine[0]}, {layout.rank: mine[1]}, rows)
     summaries = layout.gather_objects((plan.received_bytes(), least, plan.max_peers()))
     message_bytes = max(_LEAST_MESSAGE, chunk_bytes // max(1, max(peers for _, _, peers in summaries)))
     with layout.together("moving the training state"):

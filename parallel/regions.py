@@ -7,7 +7,8 @@ of boxes, which is all that the planner (`parallel/reshard_plan.py`) needs. Pure
     flat_boxes((4, 3), (3, 1), 0, 2, 8)   # elements 2..7 of a [4, 3] matrix: three boxes
 """
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -138,3 +139,37 @@ def _flat_boxes(shape: tuple[int, ...], strides: tuple[int, ...], offset: int, s
         for box in _flat_boxes(inner, strides[1:], offset + row * stride, start, stop):
             yield Box((row, *box.offset), (1, *box.shape))
         row += 1
+
+
+class ByRows:
+    """Boxes of one tensor, to be found by their rows (the first axis) without looking at all of them.
+
+    A search is quick as long as no box is much taller than the others.
+    """
+
+    def __init__(self, boxes: Iterable[Box] = ()) -> None:
+        self.boxes: list[Box] = []
+        # (first row, position), ascending.
+        self._starts: list[tuple[int, int]] = []
+        self._tallest = 0
+        for box in boxes:
+            self.add(box)
+
+    def add(self, box: Box) -> None:
+        """Append a box."""
+        rows = rows_of(box)
+        bisect.insort(self._starts, (rows.start, len(self.boxes)))
+        self._tallest = max(self._tallest, len(rows))
+        self.boxes.append(box)
+
+    def near(self, box: Box) -> list[int]:
+        """Positions, ascending, of all boxes that share elements with `box`, and maybe of some that do not."""
+        rows = rows_of(box)
+        low = bisect.bisect_left(self._starts, (rows.start - self._tallest + 1,))
+        high = bisect.bisect_left(self._starts, (rows.stop,))
+        return sorted(position for _, position in self._starts[low:high])
+
+
+def rows_of(box: Box) -> range:
+    """The rows that a box lies in; a number without axes is one row."""
+    return range(box.offset[0], box.offset[0] + box.shape[0]) if box.shape else range(1)

@@ -8,15 +8,18 @@ place. So one planner serves growth in experts, a change of expert-parallel or t
 
 The plan is data. `plan_rank` gives one rank its copies, receives and sends from the tensors that this rank touches;
 `traffic` adds up the bytes between all ranks, on a laptop if need be; the executor is in `parallel/reshard.py`.
+
+The whole job waits while its ranks plan. A cluster has many ranks, but few different holdings of a tensor: receivers that
+hold and need the same are planned once, a rank looks only at those that may need what it holds, and boxes are found by
+their rows. What a rank works through then grows with what it holds and exchanges, hardly with the number of ranks.
 """
 
-import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from parallel.errors import ExpansionError
-from parallel.regions import Box, intersect, shift, subtract
+from parallel.regions import Box, ByRows, intersect, rows_of, shift, subtract
 
 
 class Holding(NamedTuple):
@@ -28,6 +31,8 @@ class Holding(NamedTuple):
 
 # key of a logical tensor -> what a rank holds of it
 Holdings = Mapping[str, Holding]
+# Holdings with the ranks that have them; a rank may be in several parts, which have no key in common then.
+Parts = Sequence[tuple[Holdings, Sequence[int]]]
 # key -> old row of each new row along the first axis; None where rows keep their place
 Rows = Callable[[str], Sequence[int] | None]
 # Steps of the redistribution, in order; each is finished on a rank before its next begins.
@@ -101,34 +106,6 @@ class RankPlan:
         return max((max(len(w.receives), len(w.sends)) for w in self.waves.values()), default=0)
 
 
-class _Index:
-    """The distinct boxes of one old tensor with the ranks that hold them, found by their rows."""
-
-    def __init__(self, held: Mapping[int, Holding]) -> None:
-        holders: dict[Box, list[int]] = {}
-        for rank in sorted(held):
-            for box in held[rank].boxes:
-                holders.setdefault(box, []).append(rank)
-        self.entries = sorted(holders.items())
-        self._starts = [_first_row(box) for box, _ in self.entries]
-        self._tallest = max((_rows(box) for box, _ in self.entries), default=0)
-
-    def touching(self, box: Box) -> Iterator[tuple[Box, list[int]]]:
-        """Boxes that may meet `box`."""
-        low = bisect.bisect_right(self._starts, _first_row(box) - self._tallest)
-        high = bisect.bisect_left(self._starts, _first_row(box) + _rows(box))
-        for position in range(low, high):
-            yield self.entries[position]
-
-
-def _first_row(box: Box) -> int:
-    return box.offset[0] if box.offset else 0
-
-
-def _rows(box: Box) -> int:
-    return box.shape[0] if box.shape else 1
-
-
 def map_rows(box: Box, rows: Sequence[int] | None) -> Iterator[Copy]:
     """Split a box of the new tensor into blocks that are blocks of the old one as well."""
     if rows is None:
@@ -142,6 +119,161 @@ def map_rows(box: Box, rows: Sequence[int] | None) -> Iterator[Copy]:
             source = Box((rows[first + start], *box.offset[1:]), shape)
             yield Copy(source, Box((first + start, *box.offset[1:]), shape))
             start = i
+
+
+class _Holders:
+    """The ranks that hold a box of an old tensor."""
+
+    def __init__(self, ranks: Iterable[int], ranks_per_node: int) -> None:
+        self._ranks, self._per_node = sorted(ranks), ranks_per_node
+        self._on_node: dict[int, list[int]] = {}
+        for rank in self._ranks:
+            self._on_node.setdefault(rank // ranks_per_node, []).append(rank)
+
+    def sender_to(self, rank: int) -> int:
+        """The one that a receiver fetches the box from: on its own node if there is any; holders take turns."""
+        near = self._on_node.get(rank // self._per_node, self._ranks)
+        return near[rank % len(near)]
+
+
+@dataclass
+class _Pattern:
+    """What all receivers do that hold and need the same of a tensor; only who sends to them differs."""
+
+    local: list[Copy] = field(default_factory=list)
+    fetches: list[tuple[Fetch, _Holders]] = field(default_factory=list)
+
+    def plan_for(self, rank: int) -> KeyPlan:
+        """What one of them does."""
+        plan = KeyPlan(list(self.local))
+        for fetch, holders in self.fetches:
+            plan.fetches.setdefault(holders.sender_to(rank), []).append(fetch)
+        return plan
+
+
+# What is held of a tensor -> the ranks that hold just that.
+_Alike = Mapping[Holding, Sequence[int]]
+
+
+class _Planner:
+    """Plans one logical tensor.
+
+    Args:
+        key: its name, for messages.
+        old: what ranks hold of it.
+        new: what ranks shall hold.
+        rows: old row of each new row along the first axis; None where rows keep their place.
+        ranks_per_node: a holder on the receiver's own node is preferred.
+    """
+
+    def __init__(self, key: str, old: _Alike, new: _Alike, rows: Sequence[int] | None, ranks_per_node: int) -> None:
+        self._key, self._old, self._new, self._rows, self._per_node = key, old, new, rows, ranks_per_node
+        self._number_of: dict[int, int] | None = None
+        self._index: tuple[ByRows, list[list[int]]] | None = None
+        self._holders: dict[int, _Holders] = {}
+
+    def plan(self, of: int | None = None) -> Iterator[tuple[int, KeyPlan]]:
+        """Receivers and what they do: of all, or of one rank and of those that fetch anything and may do so from it.
+
+        Raises:
+            ExpansionError: if nobody holds what a rank needs.
+        """
+        offered: Sequence[Box] = ()
+        if of is not None:
+            offered = next((holding.boxes for holding, ranks in self._old.items() if of in ranks), ())
+        offered_rows = {row for box in offered for row in rows_of(box)} if self._rows else set()
+        for wanted, ranks in self._new.items():
+            own = of in ranks
+            if of is not None and not own and not self._may_need(wanted, offered, offered_rows):
+                continue
+            needs = [need for box in wanted.boxes for need in map_rows(box, self._rows)]
+            for boxes, receivers in self._alike(ranks):
+                pattern = self._pattern(needs, wanted.itemsize, boxes, receivers[0])
+                if of is not None and not pattern.fetches:
+                    receivers = [of] if own and of in receivers else []
+                for rank in receivers:
+                    yield rank, pattern.plan_for(rank)
+
+    def _may_need(self, wanted: Holding, offered: Sequence[Box], offered_rows: set[int]) -> bool:
+        """Whether a receiver may need anything of what a rank holds."""
+        if self._rows is None:
+            return any(intersect(box, have) for box in wanted.boxes for have in offered)
+        return any(self._rows[row] in offered_rows for box in wanted.boxes for row in rows_of(box))
+
+    def _alike(self, ranks: Sequence[int]) -> Iterator[tuple[Sequence[Box], Sequence[int]]]:
+        """Some ranks by what they hold."""
+        olds = list(self._old.items())
+        if len(olds) == 1 and olds[0][1] == ranks:
+            yield olds[0][0].boxes, ranks
+            return
+        if self._number_of is None:
+            self._number_of = {rank: number for number, (_, holders) in enumerate(olds) for rank in holders}
+        alike: dict[int, list[int]] = {}
+        for rank in ranks:
+            alike.setdefault(self._number_of.get(rank, -1), []).append(rank)
+        for number, same in alike.items():
+            yield olds[number][0].boxes if number >= 0 else (), same
+
+    def _pattern(self, needs: Sequence[Copy], itemsize: int, own: Sequence[Box], rank: int) -> _Pattern:
+        """Plan the needs of a receiver: `rank`, or any other that holds the same boxes."""
+        pattern, mine, fetched = _Pattern(), ByRows(own), ByRows()
+        for need in needs:
+            left = [need.source]
+            for position in mine.near(need.source):
+                left = _satisfy(left, mine.boxes[position], need, pattern.local)
+            for position in fetched.near(need.source) if left else ():
+                left = _satisfy(left, fetched.boxes[position], need, pattern.fetches[position][0].targets)
+            for block in left:
+                for common, holders in self._find(block, rank):
+                    copy = Copy(common, shift(common, need.source, need.target))
+                    pattern.fetches.append((Fetch(self._key, itemsize, common, [copy]), holders))
+                    fetched.add(common)
+        return pattern
+
+    def _find(self, block: Box, rank: int) -> list[tuple[Box, _Holders]]:
+        """Holders for a block that is not on the receiver."""
+        if self._index is None:
+            ranks: dict[Box, list[int]] = {}
+            for holding, holders in self._old.items():
+                for box in holding.boxes:
+                    ranks.setdefault(box, []).extend(holders)
+            boxes = sorted(ranks)
+            self._index = ByRows(boxes), [ranks[box] for box in boxes]
+        index, ranks_of = self._index
+        found, left = [], [block]
+        for position in index.near(block):
+            if not left:
+                break
+            rest: list[Box] = []
+            for wanted in left:
+                common = intersect(wanted, index.boxes[position])
+                if common is None:
+                    rest.append(wanted)
+                    continue
+                if position not in self._holders:
+                    self._holders[position] = _Holders(ranks_of[position], self._per_node)
+                found.append((common, self._holders[position]))
+                rest += subtract(wanted, common)
+            left = rest
+        if left:
+            raise ExpansionError(
+                f"rank {rank} needs {self._key} at {left[0].offset} (extent {left[0].shape}) and no rank holds it: the two "
+                "stages are not of one model"
+            )
+        return found
+
+
+def _satisfy(wanted: list[Box], available: Box, need: Copy, into: list[Copy]) -> list[Box]:
+    """Take out of `wanted` what `available` holds, note the copies, and return the rest."""
+    left: list[Box] = []
+    for block in wanted:
+        common = intersect(block, available)
+        if common is None:
+            left.append(block)
+        else:
+            into.append(Copy(common, shift(common, need.source, need.target)))
+            left += subtract(block, common)
+    return left
 
 
 def plan_key(
@@ -162,85 +294,31 @@ def plan_key(
     Raises:
         ExpansionError: if nobody holds what a rank needs.
     """
-    index = _Index(old)
-    plans: dict[int, KeyPlan] = {}
-    for rank, holding in new.items():
-        plan = plans[rank] = KeyPlan()
-        own = old[rank].boxes if rank in old else ()
-        fetched: list[Fetch] = []
-        for box in holding.boxes:
-            for need in map_rows(box, rows):
-                left = [need.source]
-                for mine in own:
-                    left = _satisfy(left, mine, need, plan.local)
-                for fetch in fetched:
-                    left = _satisfy(left, fetch.source, need, fetch.targets)
-                for block in left:
-                    fetched += _fetch(key, holding.itemsize, block, need, rank, index, ranks_per_node, plan)
-    return plans
+    alike: tuple[dict[Holding, list[int]], dict[Holding, list[int]]] = {}, {}
+    for side, held in zip(alike, (old, new), strict=True):
+        for rank, holding in held.items():
+            side.setdefault(holding, []).append(rank)
+    return dict(_Planner(key, *alike, rows, ranks_per_node).plan())
 
 
-def _satisfy(wanted: list[Box], available: Box, need: Copy, into: list[Copy]) -> list[Box]:
-    """Take out of `wanted` what `available` holds, note the copies, and return the rest."""
-    left: list[Box] = []
-    for block in wanted:
-        common = intersect(block, available)
-        if common is None:
-            left.append(block)
-        else:
-            into.append(Copy(common, shift(common, need.source, need.target)))
-            left += subtract(block, common)
-    return left
+def parts_of(holdings: Mapping[int, Holdings]) -> Parts:
+    """One part per rank."""
+    return [(held, (rank,)) for rank, held in holdings.items()]
 
 
-def _fetch(
-    key: str,
-    itemsize: int,
-    block: Box,
-    need: Copy,
-    rank: int,
-    index: _Index,
-    ranks_per_node: int,
-    plan: KeyPlan,
-) -> list[Fetch]:
-    """Find holders for a block that is not on the receiver."""
-    made, left = [], [block]
-    for box, holders in index.touching(block):
-        if not left:
-            break
-        rest: list[Box] = []
-        for wanted in left:
-            common = intersect(wanted, box)
-            if common is None:
-                rest.append(wanted)
-                continue
-            fetch = Fetch(key, itemsize, common, [Copy(common, shift(common, need.source, need.target))])
-            near = [r for r in holders if r // ranks_per_node == rank // ranks_per_node] or holders
-            plan.fetches.setdefault(near[rank % len(near)], []).append(fetch)
-            made.append(fetch)
-            rest += subtract(wanted, common)
-        left = rest
-    if left:
-        raise ExpansionError(
-            f"rank {rank} needs {key} at {left[0].offset} (extent {left[0].shape}) and no rank holds it: the two stages "
-            "are not of one model"
-        )
-    return made
-
-
-def _by_key(holdings: Mapping[int, Holdings], keys: Iterable[str]) -> dict[str, dict[int, Holding]]:
+def _by_key(parts: Parts, keys: Iterable[str]) -> dict[str, dict[Holding, list[int]]]:
     wanted = set(keys)
-    found: dict[str, dict[int, Holding]] = {key: {} for key in wanted}
-    for rank, held in holdings.items():
+    found: dict[str, dict[Holding, list[int]]] = {key: {} for key in wanted}
+    for held, ranks in parts:
         for key in held.keys() & wanted:
-            found[key][rank] = held[key]
+            found[key].setdefault(held[key], []).extend(ranks)
     return found
 
 
 def plan_rank(
     rank: int,
-    old: Mapping[int, Holdings],
-    new: Mapping[int, Holdings],
+    old: Mapping[int, Holdings] | Parts,
+    new: Mapping[int, Holdings] | Parts,
     rows: Rows,
     wave_of: Callable[[str], Wave],
     ranks_per_node: int = 8,
@@ -249,8 +327,8 @@ def plan_rank(
 
     Args:
         rank: whose part.
-        old: rank -> what it holds now.
-        new: rank -> what it shall hold.
+        old: rank -> what it holds now; or the same in parts.
+        new: rank -> what it shall hold; or the same in parts.
         rows: row map of each tensor (see `Rows`).
         wave_of: in which wave a tensor moves; the same on all ranks.
         ranks_per_node: for choosing near holders.
@@ -258,12 +336,14 @@ def plan_rank(
     Raises:
         ExpansionError: if nobody holds what a rank needs.
     """
-    keys = sorted(old.get(rank, {}).keys() | new.get(rank, {}).keys(), key=lambda k: (wave_of(k), k))
-    olds, news = _by_key(old, keys), _by_key(new, keys)
+    before, after = (parts_of(side) if isinstance(side, Mapping) else side for side in (old, new))
+    mine = {key for held, ranks in (*before, *after) if rank in ranks for key in held}
+    keys = sorted(mine, key=lambda k: (wave_of(k), k))
+    olds, news = _by_key(before, keys), _by_key(after, keys)
     waves: dict[Wave, WavePlan] = {}
     for key in keys:
         wave = waves.setdefault(wave_of(key), WavePlan())
-        for receiver, plan in plan_key(key, olds[key], news[key], rows(key), ranks_per_node).items():
+        for receiver, plan in _Planner(key, olds[key], news[key], rows(key), ranks_per_node).plan(rank):
             if receiver == rank:
                 wave.local += [(key, copy) for copy in plan.local]
                 for peer, fetches in plan.fetches.items():
@@ -283,10 +363,10 @@ def traffic(
 ) -> dict[tuple[int, int], int]:
     """Bytes between every pair (sender, receiver) of ranks, for a cluster that need not exist."""
     keys = sorted({key for held in new.values() for key in held})
-    olds, news = _by_key(old, keys), _by_key(new, keys)
+    olds, news = _by_key(parts_of(old), keys), _by_key(parts_of(new), keys)
     total: dict[tuple[int, int], int] = {}
     for key in keys:
-        for receiver, plan in plan_key(key, olds[key], news[key], rows(key), ranks_per_node).items():
+        for receiver, plan in _Planner(key, olds[key], news[key], rows(key), ranks_per_node).plan():
             for sender, fetches in plan.fetches.items():
                 pair = (sender, receiver)
                 total[pair] = total.get(pair, 0) + sum(f.nbytes for f in fetches)
@@ -299,12 +379,13 @@ def least_bytes(old: Mapping[int, Holdings], new: Mapping[int, Holdings], rows: 
     for rank, held in new.items():
         mine = old.get(rank, {})
         for key, holding in held.items():
-            known: list[Box] = list(mine[key].boxes) if key in mine else []
+            known = ByRows(mine[key].boxes if key in mine else ())
             for box in holding.boxes:
                 for need in map_rows(box, rows(key)):
                     left = [need.source]
-                    for have in known:
-                        left = [rest for block in left for rest in subtract(block, have)]
+                    for position in known.near(need.source):
+                        left = [rest for block in left for rest in subtract(block, known.boxes[position])]
                     total += holding.itemsize * sum(block.numel for block in left)
-                    known += left
+                    for block in left:
+                        known.add(block)
     return total

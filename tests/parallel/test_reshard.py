@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
+from parallel import regions, reshard_plan
 from parallel.cluster import LogicalTensor, describe_rank
 from parallel.config import ParallelConfig
 from parallel.errors import ExpansionError
-from parallel.regions import Box
+from parallel.regions import Box, intersect
 from parallel.reshard import Moved, execute
 from parallel.reshard_plan import Holding, Holdings, Wave, least_bytes, plan_rank, traffic
 from parallel.transport import ThreadHub, ThreadTransport
@@ -195,6 +196,42 @@ def test_least_bytes_by_counting_elements() -> None:
             have = old[rank].get(key, Holding(0, ())).boxes
             total += holding.itemsize * len(need - {int(x) for box in have for x in numbers[_slices(box)].flatten()})
     assert least_bytes(old, new, rows) == total > 0
+
+
+def _work(world: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Comparisons of boxes when one rank of a cluster plans the doubling of experts that are parameters of their own."""
+    config = ParallelConfig(expert=8)
+    sides = []
+    for count in (experts, 2 * experts):
+        tensors = [LogicalTensor("experts.0", (count, 16, 12), 2, expert=True, separate=True)]
+        sides.append({r: describe_rank(r, world, config, tensors) for r in range(world)})
+    parents = [e for e in range(experts) for _ in range(2)]
+    random.Random(0).shuffle(parents)
+    calls = 0
+
+    def counted(a: Box, b: Box) -> Box | None:
+        nonlocal calls
+        calls += 1
+        return intersect(a, b)
+
+    with monkeypatch.context() as patch:
+        # `subtract` compares by it as well.
+        patch.setattr(reshard_plan, "intersect", counted)
+        patch.setattr(regions, "intersect", counted)
+        plan = plan_rank(0, *sides, lambda key: parents, _wave)
+    # Of the weight and three states, all of which this rank holds a part of.
+    assert plan.waves and calls > 4 * 2 * experts // 8
+    return calls
+
+
+def test_work_grows_with_what_a_rank_holds_not_with_the_square_nor_with_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The whole job waits while its ranks plan: it was minutes on 512 ranks."""
+    base = _work(16, 64, monkeypatch)
+    # The square would be sixteen times as much.
+    assert _work(16, 256, monkeypatch) < 8 * base
+    assert _work(64, 64, monkeypatch) < 1.5 * base
 
 
 def test_a_failing_rank_does_not_leave_the_others_waiting() -> None:
