@@ -195,6 +195,9 @@ def test_an_environment_that_contradicts_the_attention_is_refused_early(monkeypa
     from megatron.core.transformer.enums import AttnBackend
 
     names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+    for name in names:
+        # Networks that other tests have built in this process.
+        monkeypatch.delenv(name, raising=False)
     refused = 0
     for backend, *values in itertools.product(AttnBackend, *3 * [(None, "0", "1")]):
         told = {name: value for name, value in zip(names, values, strict=True) if value is not None}
