@@ -26,6 +26,7 @@ from typing import Any
 from model.holdings import wave_of
 from parallel.cluster import LogicalTensor, describe_rank
 from parallel.config import ParallelConfig
+from parallel.redistribute import told_together
 from parallel.reshard_plan import Holdings, plan_rank, traffic
 from parallel.telling import announce, choose_speakers, put_together
 from train.expansion import homes
@@ -66,24 +67,14 @@ def deepseek_like(layers: int, experts: int, pipeline: int, separate: bool) -> l
             ]
         found += [LogicalTensor(name + key, shape, 2, stage) for key, shape in dense]
         if layer >= dense_first:
-            prefix = f"{name}mlp.experts.experts."
             found += [
                 LogicalTensor(
-                    f"{prefix}linear_fc1.weight",
-                    (experts, 2 * expert_ffn, hidden),
-                    2,
-                    stage,
-                    expert=True,
-                    separate=separate,
-                ),
-                LogicalTensor(
-                    f"{prefix}linear_fc2.weight",
-                    (experts, hidden, expert_ffn),
-                    2,
-                    stage,
-                    expert=True,
-                    separate=separate,
-                ),
+                    f"{name}mlp.experts.experts.{linear}.weight", shape, 2, stage, expert=True, separate=separate
+                )
+                for linear, shape in (
+                    ("linear_fc1", (experts, 2 * expert_ffn, hidden)),
+                    ("linear_fc2", (experts, hidden, expert_ffn)),
+                )
             ]
     found.append(LogicalTensor("output_layer.weight", (129280, hidden), 2, pipeline - 1))
     return found
@@ -140,7 +131,8 @@ def simulate(options: argparse.Namespace, rule: str, placement: str) -> dict[str
             return None
         return parents[key[key.index("layers.") : key.index("mlp.")]]
 
-    told = [announce((old[r], new[r]), lambda key: (wave_of(key)[:1], rows(key) is None)) for r in range(world)]
+    kinds = told_together(rows, wave_of)
+    told = [announce((old[r], new[r]), kinds) for r in range(world)]
     packed = {digest: blob for _, theirs in told for digest, blob in theirs.items()}
     sizes = [{digest: len(blob) for digest, blob in theirs.items()} for _, theirs in told]
     speakers = choose_speakers(sizes)

@@ -245,12 +245,7 @@ class _Mover:
         for key, held in news.items():
             state, name = key.split("/", 1)
             tensor = tensors[name]
-            router = ".mlp.router." in name
-            moved_rows = tensor.expert or router
-            if router and state == "weight":
-                # Every rank needs all rows, so each old row once; row by row the planner would be slow.
-                whole = next(iter(olds[key].values()))
-                held, moved_rows = dict.fromkeys(held, whole), False
+            moved_rows = tensor.expert or ".mlp.router." in name
             if not moved_rows and olds[key] == held:
                 continue
             # Optimizer state lies elsewhere for every tensor.

@@ -11,11 +11,8 @@ from parallel.errors import ConfigError
 _VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 # What each of them is set to (mcore's `LanguageModule._set_attention_backend`).
 _VALUES = {
-    "auto": ("1", "1", "1"),
-    "flash": ("1", "0", "0"),
-    "fused": ("0", "1", "0"),
-    "unfused": ("0", "0", "1"),
-    "local": ("0", "0", "0"),
+    backend: dict(zip(_VARIABLES, values, strict=True))
+    for backend, values in {"auto": "111", "flash": "100", "fused": "010", "unfused": "001", "local": "000"}.items()
 }
 
 
@@ -27,15 +24,11 @@ def refuse_other_attention(model: ModelConfig) -> None:
     """
     backend = model.mcore.get("attention_backend") or "auto"
     told = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    meant = dict(zip(_VARIABLES, _VALUES[backend], strict=True))
+    meant = _VALUES[backend]
     odd = next((name for name, value in told.items() if value != meant[name]), None)
     if odd is None:
         return
-    fitting = [
-        other
-        for other, values in _VALUES.items()
-        if all(dict(zip(_VARIABLES, values, strict=True))[name] == value for name, value in told.items())
-    ]
+    fitting = [other for other, values in _VALUES.items() if told.items() <= values.items()]
     use = f", or use model.mcore.attention_backend={' or '.join(fitting)}" if fitting else ""
     raise ConfigError(
         f"{odd}={told[odd]} in the environment contradicts model.mcore.attention_backend={backend}, for which megatron-core "

@@ -4,7 +4,7 @@ The collective half of the live switch. It knows nothing of experts beyond a map
 change of layout as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,6 +56,14 @@ class Redistribution:
         return lines
 
 
+def told_together(rows: Rows, wave_of: Callable[[str], Wave]) -> Callable[[str], Hashable]:
+    """Kinds of keys for `parallel.telling`: weights and moments by turns, experts' apart.
+
+    Ranks have each of them alike without the others.
+    """
+    return lambda key: (wave_of(key)[:1], rows(key) is None)
+
+
 def redistribute(
     old: DescribedState,
     new: DescribedState,
@@ -79,8 +87,7 @@ def redistribute(
         ExpansionError: on all ranks, if the states do not fit together, a rank fails, or a peer is gone.
     """
     mine = old.holdings(), new.holdings()
-    # Weights and moments by turns, experts' apart: ranks have one of them alike without the others.
-    olds, news = tell(mine, lambda key: (wave_of(key)[:1], rows(key) is None), layout)
+    olds, news = tell(mine, told_together(rows, wave_of), layout)
     with layout.together("planning the move of the training state"):
         plan = plan_rank(layout.rank, olds, news, rows, wave_of, layout.ranks_per_node)
         least = least_bytes({layout.rank: mine[0]}, {layout.rank: mine[1]}, rows)

@@ -294,11 +294,10 @@ def plan_key(
     Raises:
         ExpansionError: if nobody holds what a rank needs.
     """
-    alike: tuple[dict[Holding, list[int]], dict[Holding, list[int]]] = {}, {}
-    for side, held in zip(alike, (old, new), strict=True):
-        for rank, holding in held.items():
-            side.setdefault(holding, []).append(rank)
-    return dict(_Planner(key, *alike, rows, ranks_per_node).plan())
+    olds, news = (
+        _by_key(parts_of({rank: {key: holding} for rank, holding in held.items()}), [key])[key] for held in (old, new)
+    )
+    return dict(_Planner(key, olds, news, rows, ranks_per_node).plan())
 
 
 def parts_of(holdings: Mapping[int, Holdings]) -> Parts:

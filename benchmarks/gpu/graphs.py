@@ -46,15 +46,14 @@ def _run(
         "tracking=none", "checkpoint=ends", "checkpoint.save_final=false", "evaluation.batches=1", "run.precision=bf16",
         f"upcycle.stages=[{{at_step: {_SWITCH}, factor: 2}}]", "upcycle.save_before=false", f"run.dir={run_dir}",
     ]))  # fmt: skip
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     events = {n: [e["details"] for e in lines if e["event"] == n] for n in ("graphs_captured", "graphs_dropped")}
-    return [m["lm_loss"] for m in metrics], [m["step_seconds"] for m in metrics], events
+    return _metric(run_dir, "lm_loss"), _metric(run_dir, "step_seconds"), events
 
 
-def _norms(run_dir: Path) -> list[float]:
-    """Norm of the gradient, by step."""
-    return [json.loads(line)["grad_norm"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def _metric(run_dir: Path, name: str) -> list[float]:
+    """A metric by step."""
+    return [json.loads(line)[name] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _apart(one: list[float], other: list[float], steps: slice) -> float:
@@ -92,7 +91,7 @@ def _beside(plain: list[float], without: list[float], folder: Path, prefix: Path
         apart = _apart(plain, losses, steps)
         yield row(f"losses with graphs {what} a live switch, largest difference to those without", apart, "nats",
                   goal=f"at most {_TOLERANCE}", met=apart <= _TOLERANCE, check=True)  # fmt: skip
-    one, other = _norms(folder / "without"), _norms(folder / "with")
+    one, other = (_metric(folder / name, "grad_norm") for name in ("without", "with"))
     for what, step in (("before", WARMUP_STEPS), ("behind", _SWITCH + WARMUP_STEPS)):
         apart = abs(other[step] / one[step] - 1)
         yield row(f"norm of the gradient in the first step with graphs {what} a live switch, relative difference", apart,
