@@ -3,7 +3,7 @@
 # Installs what is missing from the wheels in gpu-bundle/ into gpu-bundle/site/, and unpacks Transformer Engine there if its
 # archive (te_all.tar.xz) lies beside them; one that does not run here is put aside again, and said so, because every run
 # would be refused with it. Touches nothing else of the machine. Says in one line what is still missing.
-# How to fill gpu-bundle/: docs/gpu.md.
+# How to fill gpu-bundle/: docs/gpu-measured.md.
 set -eu
 python=${1:-python3}
 cd "$(dirname "$0")/.."
@@ -60,7 +60,7 @@ if wanted or extra:
     )  # fmt: skip
 lost = [name for name in missing if plain(name) not in wheels]
 if lost:
-    print(f"error: missing for gpu-check: {', '.join(lost)}: put their wheels into {bundle} (docs/gpu.md), or install them",
+    print(f"error: missing for gpu-check: {', '.join(lost)}: put their wheels into {bundle} (docs/gpu-measured.md), or install them",
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
 END

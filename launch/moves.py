@@ -19,7 +19,7 @@ from upcycle.plan import plan_expansion
 
 Pair = tuple[int, int]
 # Ranks x tensors above which fewer layers are planned: a few seconds on one core.
-_AFFORDABLE = 25_000
+_AFFORDABLE = 100_000
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from parallel.layout import Layout, join_job, leave_job  # noqa: E402
 _VERSION = "0.2.2"
 _HOW = (
     f"not importable here: `GPU_PYTHON -m pip install torchtitan=={_VERSION}` (it needs triton, which CUDA builds of torch "
-    "bring), or put the wheels of `pip wheel` in gpu-bundle/ (docs/gpu.md)"
+    "bring), or put the wheels of `pip wheel` in gpu-bundle/ (docs/gpu-measured.md)"
 )
 # Name -> experts, top-k, hidden, expert ffn, tokens.
 _LARGE = {"32 experts top-2, 2048 x 3072": (32, 2, 2048, 3072, 8192),
